@@ -82,3 +82,14 @@ def reduce_scatter(
     dist.all_to_all_single(pieces, input, group=group)
     torch.sum(pieces.view(num_ranks, -1), dim=0, out=output.view(-1))
     return None
+
+
+def broadcast_text(text: str, *, group: dist.ProcessGroup, ledger: Ledger, purpose: str, device: torch.device) -> str:
+    """The text of the group's rank 0, on every rank; sent as UTF-8 bytes, never as a Python object."""
+    data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+    length = torch.tensor([data.numel()], device=device)
+    broadcast(length, group=group, ledger=ledger, purpose=purpose)
+    if group.rank() != 0:
+        data = torch.empty(int(length), dtype=torch.uint8, device=device)
+    broadcast(data, group=group, ledger=ledger, purpose=purpose)
+    return bytes(data.tolist()).decode()

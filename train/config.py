@@ -6,6 +6,7 @@ is told within a second, and the config stays inert: values, never code.
 
 import dataclasses
 import difflib
+import json
 import tomllib
 import types
 import typing
@@ -58,6 +59,19 @@ def load_config(path: str | Path, overrides: Iterable[str] = (), plan: str = "")
     for source, text in [("--set", o) for o in overrides] + [("--plan", s) for s in shorts]:
         _override(values, origins, source, text)
     return _validate(values, origins, str(path))
+
+
+def check_vocabulary(config: RunConfig, vocab_size: int) -> None:
+    """Refuses a model with fewer embeddings than its tokenizer has entries.
+
+    Raises:
+        ValueError: naming both keys.
+    """
+    if config.model.vocab_size < vocab_size:
+        raise ValueError(
+            f"model.vocab_size: {config.model.vocab_size} is too small for data.tokenizer = {config.data.tokenizer!r}, "
+            f"which has {vocab_size} entries; set model.vocab_size = {vocab_size} or more"
+        )
 
 
 def dump_config(config: RunConfig) -> str:
@@ -145,11 +159,10 @@ def _validate(values: dict[str, Any], origins: dict[str, str], path: str) -> Run
         return f"{said}: {key}: {message}"
 
     try:
-        # Tables come as lists and dicts; the dataclasses hold tuples. Lax mode takes those but must not turn the
-        # text "3" into the number 3: strictness is asked of each value by _strict_lists.
-        config = TypeAdapter(RunConfig).validate_python(_lists_to_tuples(values), strict=None)
+        # By way of JSON: there, strict means that "3" is no number, while a list still becomes a tuple.
+        config = TypeAdapter(RunConfig).validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
-        lines = [line(*_explain(problem, values)) for problem in error.errors()]
+        lines = [line(*_explain(problem)) for problem in error.errors()]
         raise ConfigError("\n".join(sorted(set(lines)))) from None
     lines = [line(key, message) for key, message in _problems(config, "")]
     if lines:
@@ -157,13 +170,7 @@ def _validate(values: dict[str, Any], origins: dict[str, str], path: str) -> Run
     return config
 
 
-def _lists_to_tuples(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _lists_to_tuples(v) for k, v in value.items()}
-    return tuple(_lists_to_tuples(v) for v in value) if isinstance(value, list) else value
-
-
-def _explain(problem: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[str, str]:
+def _explain(problem: Mapping[str, Any]) -> tuple[str, str]:
     """Dotted key and sentence of one of pydantic's errors."""
     location = [part for part in problem["loc"] if isinstance(part, int) or not part[:1].isupper()]
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")

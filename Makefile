@@ -1,0 +1,37 @@
+# make setup: creates .venv and installs everything a run needs; does nothing when that is done already.
+# make demo:  trains a small model on real text on 4 ranks, in a few minutes, on two CPU cores.
+# make test:  the whole test suite, without a GPU.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input --quiet install --constraint constraints.txt
+
+.PHONY: setup demo test lint types clean
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "error: Armillary needs Python 3.11 or newer; name one with: make setup PYTHON=python3.12"; exit 2; }
+	@echo "installing into .venv (a minute or two) ..."
+	@$(PYTHON) -m venv .venv
+	@$(PIP) --editable ".[wandb]"
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	@$(PIP) --editable ".[wandb,tensorboard,dev]"
+	@touch $@
+
+demo: .venv/installed
+	@$(BIN)/armillary train configs/demo.toml
+
+test: .venv/installed-dev
+	@$(BIN)/python -m pytest
+
+lint: .venv/installed-dev
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy .pkg/armillary/kernels .pkg/armillary/comm .pkg/armillary/parallel .pkg/armillary/train .pkg/armillary/launch
+
+clean:
+	rm -rf .venv build dist *.egg-info

@@ -1,0 +1,138 @@
+"""The command line: `armillary VERB`. Verbs import what they need when they run, so that --help answers at once."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from armillary.train.failure import FAILED, REFUSED, describe, show
+
+app = typer.Typer(
+    name="armillary",
+    help="Train language models on the cluster you really have. Start with: armillary train configs/demo.toml",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Config = Annotated[Path, typer.Argument(help="a TOML file; see configs/", show_default=False)]
+Overrides = Annotated[list[str], typer.Option("--set", metavar="a.b=c", help="override one key; may be repeated")]
+PlanText = Annotated[str, typer.Option("--plan", help='degrees, short for plan.*: "dp=4"')]
+Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
+Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the result as JSON too")]
+
+
+@app.command()
+def train(
+    config: Annotated[Path | None, typer.Argument(help="a TOML file; see configs/", show_default=False)] = None,
+    overrides: Overrides = [],  # noqa: B006 (typer reads the default)
+    plan: PlanText = "",
+    resume: Annotated[str, typer.Option(metavar="RUN", help="continue this run from its newest checkpoint")] = "",
+    name: Annotated[str, typer.Option(help="name of the new run's folder in runs/")] = "",
+    debug: Debug = False,
+) -> None:
+    """Train a model: starts the ranks that the plan needs on this machine."""
+    from armillary.launch.run import train as start
+
+    if bool(config) == bool(resume):
+        raise ValueError("give either a CONFIG or --resume RUN; for example: armillary train configs/demo.toml")
+    raise typer.Exit(start(config, overrides, plan, resume, name, debug))
+
+
+@app.command()
+def parity(
+    config: Config,
+    overrides: Overrides = [],  # noqa: B006
+    plan: PlanText = "",
+    steps: Annotated[int, typer.Option(min=1, help="optimizer steps")] = 2,
+    dtype: Annotated[str, typer.Option(help="float64 or float32")] = "float64",
+    output: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Prove that a plan computes what one process computes: loss, every gradient, every parameter."""
+    from armillary.launch.parity import prove
+
+    result = prove(config, overrides, plan, steps, dtype, debug)
+    _write(output, result)
+    raise typer.Exit(0 if result["ok"] else FAILED)
+
+
+@app.command()
+def evaluate(run: str, output: Json = None, debug: Debug = False) -> None:
+    """Held-out loss and bits per byte of a run's newest checkpoint."""
+    from armillary.train.evaluate import evaluate_run
+
+    result = evaluate_run(run)
+    print(f"step {result['step']}: loss {result['loss']:.4f} nats a token, {result['bits_per_byte']:.4f} bits per byte")
+    _write(output, result)
+
+
+@app.command()
+def generate(
+    run: str,
+    prompt: str,
+    tokens: Annotated[int, typer.Option(min=1, help="how many to write")] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token")] = 0.8,
+    seed: Annotated[int, typer.Option(min=0, help="of the random choices")] = 0,
+    output: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Let a run's newest checkpoint continue a text."""
+    from armillary.train.generate import generate_from_run
+
+    text = generate_from_run(run, prompt, tokens, temperature, seed)
+    print(text)
+    _write(output, {"prompt": prompt, "text": text})
+
+
+@app.command()
+def report(run: str, debug: Debug = False) -> None:
+    """Write a run's report.html: loss, throughput, events, config, in one file."""
+    from armillary.launch.report import write_report
+    from armillary.train.run_folder import open_run
+
+    print(write_report(open_run(run).path))
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="train")],
+    repetitions: Annotated[int, typer.Option(min=1, help="interleaved repetitions")] = 5,
+    output: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Measure against peers, on the same work, interleaved in one run."""
+    from armillary.launch.bench import run_benchmark
+
+    _write(output, run_benchmark(name, repetitions))
+
+
+def _write(path: Path | None, result: dict[str, Any]) -> None:
+    if path is not None:
+        from armillary.train.store import write_aside
+
+        write_aside(path, json.dumps(result, indent=2).encode() + b"\n")
+
+
+def main() -> None:
+    """Runs a verb: exit code 0 for success, 1 for a failed check, 2 for a refused input; no tracebacks for people."""
+    debug = "--debug" in sys.argv
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as end:
+        sys.exit(end.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except Exception as error:
+        from click import ClickException
+
+        if isinstance(error, ClickException):
+            error.show()
+            sys.exit(REFUSED)
+        failure = describe(error, int(os.environ.get("RANK", "0")))
+        show(failure, debug)
+        sys.exit(failure.exit_code)

@@ -1,0 +1,65 @@
+"""Starts a run's ranks on this machine, through torchrun's own agent, and tells why they failed in one sentence."""
+
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+from armillary.train.failure import ERRORS_FOLDER, FAILED, Failure
+
+
+def start_ranks(num_ranks: int, module: str, arguments: Sequence[str], debug: bool = False) -> Failure | None:
+    """Runs `python -m module *arguments` as `num_ranks` ranks and waits for them.
+
+    Returns the first failure among the ranks, or None when all of them ended well. If one fails, the others are
+    stopped. An interrupt stops them too.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.WARNING if debug else logging.CRITICAL)
+    threads = max(1, (os.cpu_count() or 1) // num_ranks)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    # The ranks of one machine speak over loopback, so a host name that does not resolve cannot stop them.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_ranks,
+        run_id=str(uuid.uuid4()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+    )
+    with tempfile.TemporaryDirectory(prefix="armillary-") as errors:
+        os.environ[ERRORS_FOLDER] = errors
+        try:
+            elastic_launch(config, sys.executable)("-m", module, *arguments)
+        except ChildFailedError as error:
+            return _first_failure(Path(errors)) or _died(error.get_first_failure())
+        except SignalException as interrupt:
+            raise KeyboardInterrupt from interrupt
+        finally:
+            del os.environ[ERRORS_FOLDER]
+    return None
+
+
+def _first_failure(errors: Path) -> Failure | None:
+    told = [Failure(**json.loads(path.read_text())) for path in errors.glob("rank-*.json")]
+    return min(told, key=lambda failure: failure.time, default=None)
+
+
+def _died(first: tuple[int, "object"]) -> Failure:
+    """A rank that ended without a word: killed, or crashed in native code."""
+    rank, failure = first
+    code = int(getattr(failure, "exitcode", 1))
+    cause = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    hint = "; SIGKILL often means that the machine ran out of memory: try a smaller batch" if code == -9 else ""
+    return Failure(rank, f"rank {rank} {cause}{hint}", traceback="", exit_code=FAILED, bug=False, time=0.0)

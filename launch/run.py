@@ -1,0 +1,47 @@
+"""`armillary train`: checks, prepares, starts the ranks, and leaves a sample and a report behind."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from armillary.launch.ranks import start_ranks
+from armillary.launch.report import write_report
+from armillary.train.config import check_vocabulary, load_config
+from armillary.train.data import prepare
+from armillary.train.failure import show
+from armillary.train.run_folder import RunFolder, create_run, open_run
+from armillary.train.store import write_aside
+
+SAMPLE_TOKENS = 200
+
+
+def train(
+    config_path: Path | None, overrides: Sequence[str], plan: str, resume: str, name: str, debug: bool
+) -> int:
+    """Runs or resumes a run on this machine; returns the exit code.
+
+    Everything that can be refused is refused here, before a rank starts or a folder is made.
+    """
+    old = open_run(resume) if resume else None
+    config = load_config(old.config if old else config_path or "", overrides, plan)
+    dataset = prepare(config.data, print)
+    check_vocabulary(config, dataset.vocab_size)
+    folder = old or create_run(config, config_path or "", name, dataset.tokenizer)
+    changes = [part for text in overrides for part in ("--set", text)] if old else []
+    arguments = ["--resume", str(folder.path), *changes, *(["--plan", plan] if old and plan else [])]
+    failure = start_ranks(config.plan.num_ranks, "armillary.train", [*arguments, *(["--debug"] if debug else [])], debug)
+    if failure is None and config.metrics.sample_prompt:
+        _write_sample(folder, config.metrics.sample_prompt)
+    report = write_report(folder.path)
+    print(f"\nrun: {folder.path}\nreport: {report}")
+    if failure is not None:
+        show(failure, debug)
+        return failure.exit_code
+    return 0
+
+
+def _write_sample(folder: RunFolder, prompt: str) -> None:
+    from armillary.train.generate import generate_from_run
+
+    text = generate_from_run(folder.path, prompt, SAMPLE_TOKENS, temperature=0.7, seed=0)
+    write_aside(folder.sample, text.encode())
+    print(f"\nwhat the model writes after {prompt!r}:\n{text}")

@@ -1,0 +1,97 @@
+"""Weights, gradients and optimizer state sharded over the data-parallel ranks: FSDP2, with counted collectives."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from armillary.comm import collectives
+from armillary.comm.ledger import Ledger
+
+
+class _AllGather:
+    """FSDP2's weight all-gather through the ledger."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> dist.Work | None:
+        return collectives.all_gather(
+            output_tensor, input_tensor, group=group, ledger=self.ledger, purpose="weights", async_op=async_op
+        )
+
+
+class _ReduceScatter:
+    """FSDP2's gradient reduce-scatter through the ledger: a sum, since the loss is already the global mean."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
+    ) -> dist.Work | None:
+        assert op == dist.ReduceOp.SUM, op
+        return collectives.reduce_scatter(
+            output_tensor, input_tensor, group=group, ledger=self.ledger, purpose="gradients"
+        )
+
+
+def shard(model: nn.Module, blocks: nn.ModuleList, mesh: DeviceMesh, compute: torch.dtype, ledger: Ledger) -> None:
+    """Shards every parameter over `mesh`, block by block, in place.
+
+    Parameters keep their dtype; forward and backward run in `compute`; gradients are summed over the ranks in float32
+    (float64 for a float64 model), never averaged.
+    """
+    reduce = torch.float64 if compute == torch.float64 else torch.float32
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce, cast_forward_inputs=False)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_custom_all_gather(_AllGather(ledger))
+            module.set_custom_reduce_scatter(_ReduceScatter(ledger))
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+@torch.no_grad()
+def place(parameter: Tensor, full: Tensor) -> None:
+    """Fills a parameter, or this rank's shard of it, from the whole tensor."""
+    if isinstance(parameter, DTensor):
+        sizes, offsets = compute_local_shape_and_global_offset(
+            parameter.shape, parameter.device_mesh, parameter.placements
+        )
+        for dim, (size, offset) in enumerate(zip(sizes, offsets, strict=True)):
+            full = full.narrow(dim, min(offset, full.shape[dim]), size)
+        parameter = parameter.to_local()
+    parameter.copy_(full)
+
+
+def whole(tensor: Tensor, *, group: dist.ProcessGroup, ledger: Ledger, purpose: str) -> Tensor:
+    """The whole of a tensor that is sharded on its first dim over `group`, on every rank.
+
+    Shards may be uneven or empty; each rank's rows are padded to the largest for the exchange.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor
+    local = tensor.to_local()
+    rows = -(-tensor.shape[0] // group.size())
+    padded = local.new_zeros(rows, *tensor.shape[1:])
+    padded[: local.shape[0]] = local
+    gathered = local.new_empty(group.size() * rows, *tensor.shape[1:])
+    collectives.all_gather(gathered.view(-1), padded.view(-1), group=group, ledger=ledger, purpose=purpose)
+    return gathered[: tensor.shape[0]]

@@ -1,0 +1,35 @@
+"""A model built for the ranks it will run on, with the same initial weights on any number of them."""
+
+import torch
+from torch import Tensor
+
+from armillary.parallel.apply import apply
+from armillary.parallel.mesh import Ranks
+from armillary.parallel.partition import place
+from armillary.train.model import Transformer, initialise
+from armillary.train.model_shape import ModelConfig
+
+COMPUTE = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+
+def build_model(config: ModelConfig, precision: str, ranks: Ranks) -> Transformer:
+    """A model with the plan applied and initial weights; each rank holds its shards only.
+
+    Args:
+        config: the model's shape.
+        precision: compute dtype, by name; weights are float32, or float64 where that is the compute dtype.
+        ranks: the mesh of the plan.
+    """
+    compute = COMPUTE[precision]
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.to(torch.float64 if compute == torch.float64 else torch.float32)
+    apply(model, ranks, compute)
+    model.to_empty(device=ranks.device)
+    initialise(model, config.seed, place)
+    return model
+
+
+def model_tensors(model: Transformer) -> dict[str, Tensor]:
+    """Every parameter under the name that a checkpoint gives it."""
+    return {f"model/{name}": parameter for name, parameter in model.named_parameters()}

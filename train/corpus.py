@@ -1,0 +1,526 @@
+"""Text from files, tokenised once and kept: sources, their documents, and the cache. Imports no torch.
+
+Plain text and JSON lines are read here, because an error must name the file and the line; what has a format of its own
+(Parquet, the hub) is read by `datasets`.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import sysconfig
+import time
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from glob import glob, has_magic
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from armillary.train.tokenizer import Tokenizer
+
+VERSION = 1
+"""Changes when what is cached changes its meaning."""
+
+TEXT = frozenset(
+    ".txt .text .md .rst .tex .html .css .py .pyi .c .h .cc .cpp .hpp .cu .cuh .rs .go .java .js .ts .sh .sql .toml "
+    ".yaml .yml .ini".split()
+)
+"""Suffixes of files that are one document each."""
+LINES = frozenset((".jsonl", ".ndjson", ".json"))
+"""Suffixes of files with one JSON object a line; a .json may also be one list of objects."""
+SUFFIXES = TEXT | LINES | {".parquet"}
+
+SKIPPED = frozenset(("site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"))
+"""Folders that are not the standard library's own source, or that only some installations of Python have."""
+
+CHUNK = 1 << 22
+"""Characters that are tokenised at once."""
+HASHED_BYTES = 1 << 28
+"""Cached files up to this size are checked by their hash when they are opened, larger ones by their size alone."""
+
+Report = Callable[[str], None]
+"""Takes one line for the user."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where text comes from."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    path: str
+    """`stdlib` (the source files of Python's standard library); a file, a folder or a glob of text files (a file is a
+    document), .jsonl or .json (a line is a document) and .parquet (a row is a document); or `hub:NAME`,
+    `hub:NAME:CONFIG`, `hub:NAME:CONFIG@REVISION` for a data set of the Hugging Face hub."""
+    weight: float = dataclasses.field(default=1.0, metadata={"above": 0})
+    """Share of the training tokens, relative to the other weights; a small source is repeated to reach its share."""
+    field: str = "text"
+    """Name of the text in a JSON object, a Parquet row or a hub row."""
+    split: str = "train"
+    """Split of a hub data set."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """What the fields do not allow: pairs of key and sentence."""
+        if not self.path.removeprefix("hub:").strip():
+            yield "path", f'is "{self.path}"; give "stdlib", a file, a folder, a glob or "hub:NAME"'
+        if not math.isfinite(self.weight):
+            yield "weight", f"must be finite; it is {self.weight}"
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A source and the files that it was found to have."""
+
+    source: Source
+    key: str
+    """The config key that errors name, such as `data.sources[0]`."""
+    files: tuple[Path, ...]
+    num_bytes: int
+    """Size of the files; 0 where it is unknown."""
+    stamp: str
+    """Hash of what must be equal for a cached copy to be up to date: names, sizes and times."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A tokenised source; D documents, T tokens. Arrays are memory maps."""
+
+    tokens: np.ndarray
+    """(T,) uint16 or uint32; each document's tokens and its end-of-document token."""
+    offsets: np.ndarray
+    """(D + 1,) int64: where each document starts."""
+    hashes: np.ndarray
+    """(D,) uint64: hash of each document's text."""
+    num_bytes: np.ndarray
+    """(D,) int64: UTF-8 bytes of each document's text."""
+    digest: str
+    """Hash of all the above."""
+
+
+def find(source: Source, key: str) -> Listing:
+    """Finds a source's files, in an order that does not depend on the file system.
+
+    Raises:
+        ValueError: if there are none, or none that can be read.
+    """
+    where = f'{key}.path = "{source.path}"'
+    if source.path.startswith("hub:"):
+        return Listing(source, key, (), 0, digest("hub", source.path, source.split, source.field))
+    if source.path == "stdlib":
+        root = Path(sysconfig.get_path("stdlib"))
+        files = [file for file in _walk(root, SKIPPED) if file.suffix == ".py"]
+        if not files:
+            raise ValueError(f"{where}: this Python keeps no source files in {root}; give a folder of text files")
+        sizes = [file.stat().st_size for file in files]
+        names = [str(file.relative_to(root)) for file in files]
+        return Listing(source, key, tuple(files), sum(sizes), digest("stdlib", sys.version, names, sizes))
+    files = _match(source.path, where)
+    stats = [file.stat() for file in files]
+    facts = [(str(file.resolve()), stat.st_size, stat.st_mtime_ns) for file, stat in zip(files, stats, strict=True)]
+    return Listing(source, key, tuple(files), sum(s.st_size for s in stats), digest("files", source.field, facts))
+
+
+def _match(path: str, where: str) -> list[Path]:
+    found = Path(path).expanduser()
+    if found.is_file():
+        files = [found]
+    elif found.is_dir():
+        files = list(_walk(found))
+    elif has_magic(path):
+        files = sorted(Path(name) for name in glob(str(found), recursive=True) if os.path.isfile(name))
+        if not files:
+            raise ValueError(f"{where}: no file matches; mend the glob, or quote it from the shell")
+    else:
+        raise ValueError(f'{where}: there is no such file or folder; give a path, a glob, "stdlib" or "hub:NAME"')
+    known = [file for file in files if file.suffix.lower() in SUFFIXES]
+    if not known:
+        there = ", ".join(sorted({file.suffix or "no suffix" for file in files})) or "no files"
+        raise ValueError(f"{where}: nothing that can be read ({there}); allowed are {', '.join(sorted(SUFFIXES))}")
+    return known
+
+
+def _walk(root: Path, skipped: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """Files below a folder, sorted, without hidden ones."""
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if name not in skipped and not name.startswith("."))
+        yield from (file for name in sorted(names) if name[0] != "." and (file := Path(folder, name)).is_file())
+
+
+def documents(listing: Listing) -> Iterator[str]:
+    """The texts of a source in order, without empty ones.
+
+    Raises:
+        ValueError: naming the file and line that cannot be read.
+    """
+    source, key = listing.source, listing.key
+    if source.path.startswith("hub:"):
+        yield from filter(_has_text, _hub(source, key))
+    for file in listing.files:
+        where = f"{key}: {file}"
+        try:
+            if file.suffix.lower() in LINES:
+                texts = _json_texts(file, source.field, key)
+            elif file.suffix.lower() == ".parquet":
+                texts = _parquet(file, source.field, key)
+            else:
+                texts = _plain(file, where, tolerant=source.path == "stdlib")
+            yield from filter(_has_text, texts)
+        except OSError as error:
+            raise ValueError(f"{where} cannot be read ({error.strerror}); change its rights or leave it out") from error
+
+
+def _has_text(text: str) -> bool:
+    return bool(text) and not text.isspace()
+
+
+def _plain(file: Path, where: str, tolerant: bool) -> Iterator[str]:
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" not in text:
+        yield text
+    elif not tolerant:
+        raise ValueError(f"{where} is not UTF-8 text but binary or of another encoding; convert it or leave it out")
+
+
+def _json_texts(file: Path, field: str, key: str) -> Iterator[str]:
+    where = f"{key}: {file}"
+    with open(file, "rb") as stream:
+        if file.suffix.lower() == ".json" and stream.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+            stream.seek(0)
+            for number, value in enumerate(_json(stream.read(), where), 1):
+                yield _text(value, field, f"{where}, item {number}", key)
+            return
+        stream.seek(0)
+        for number, line in enumerate(stream, 1):
+            if line.strip():
+                place = f"{where}, line {number}"
+                yield _text(_json(line, place), field, place, key)
+
+
+def _json(text: bytes, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f'{place}: not JSON ({error}); write one object such as {{"text": "..."}} a line') from None
+
+
+def _text(value: Any, field: str, place: str, key: str) -> str:
+    """The text in a row; "" where it is null."""
+    if not isinstance(value, dict):
+        raise ValueError(f'{place}: {type(value).__name__}, not an object; write one such as {{"{field}": "..."}}')
+    if field not in value:
+        there = ", ".join(f'"{name}"' for name in sorted(value)) or "none"
+        raise ValueError(f'{place}: no field "{field}" but {there}; set {key}.field to the name of the text')
+    text = value[field]
+    if text is not None and not isinstance(text, str):
+        kind = type(text).__name__
+        raise ValueError(f'{place}: field "{field}" is {kind}, not text; set {key}.field to the name of the text')
+    # A JSON escape can spell half a surrogate pair, which no UTF-8 text can hold.
+    return (text or "").encode("utf-8", "replace").decode()
+
+
+def _parquet(file: Path, field: str, key: str) -> Iterator[str]:
+    where = f"{key}: {file}"
+    dataset_class = _datasets(where).Dataset
+
+    def rows() -> Iterator[Any]:
+        # Not load_dataset, which asks the hub to count the use of its Parquet reader.
+        yield from _rows(dataset_class.from_parquet(str(file), streaming=True), field)
+
+    failure = f"{where} cannot be read as Parquet"
+    for number, row in enumerate(_explained(rows(), failure, "write it again or leave it out"), 1):
+        yield _text(row, field, f"{where}, row {number}", key)
+
+
+def _hub(source: Source, key: str) -> Iterator[str]:
+    where = f'{key}.path = "{source.path}"'
+    load = _datasets(where).load_dataset
+    spec, _, revision = source.path.removeprefix("hub:").partition("@")
+    name, _, config = spec.partition(":")
+
+    def rows() -> Iterator[Any]:
+        data = load(name, config or None, split=source.split, revision=revision or None, streaming=True)
+        yield from _rows(data, source.field)
+
+    remedy = "check the name and the network, or give a local file, folder or glob"
+    for number, row in enumerate(_explained(rows(), f"{where}: the hub did not give it", remedy), 1):
+        yield _text(row, source.field, f"{where}, row {number}", key)
+
+
+def _datasets(where: str) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(f"{where}: needs the package `datasets`; pip install datasets, or give .jsonl") from None
+    return datasets
+
+
+def _rows(data: Any, field: str) -> Iterator[Any]:
+    """Rows of a streamed data set, with the one field if they have it."""
+    first = next(iter(data.take(1)), None)
+    if first is not None:
+        yield from data.select_columns([field]) if field in first else [first]
+
+
+def _explained(rows: Iterable[Any], failure: str, remedy: str) -> Iterator[Any]:
+    """Turns whatever a library raises into one sentence."""
+    try:
+        yield from rows
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{failure} ({type(error).__name__}: {reason}); {remedy}") from error
+
+
+def text_hash(text: str) -> int:
+    """64 bits that depend on a text alone; held-out documents are those below a threshold."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def threshold(fraction: float) -> int:
+    """Hashes below this are `fraction` of all."""
+    return int(fraction * 2**64)
+
+
+def sample(listing: Listing, held_out: float, num_bytes: int) -> list[str]:
+    """About so many characters of the training documents, for a tokenizer to learn from; always the same ones.
+
+    Documents are chosen by their hash, so evenly over the source. Where too few large ones are left by that, the first
+    ones are taken.
+    """
+    low, top = threshold(held_out), 2**64
+    rate = min(1.0, num_bytes / listing.num_bytes) if listing.num_bytes else 1.0
+    texts: list[str] = []
+    for least, most in ((low, low + int(rate * (top - low))), (low, top), (0, top)):
+        room = num_bytes + num_bytes // 4
+        for text in documents(listing):
+            if least <= text_hash(text) < most:
+                texts.append(text[:room])
+                room -= len(texts[-1])
+            if room <= 0:
+                break
+        if texts:
+            break
+    return texts
+
+
+def load_corpus(listing: Listing, tokenizer: Tokenizer, cache: Path, report: Report) -> Corpus:
+    """Opens a source's tokens, after tokenising it if the cache has no sound copy.
+
+    Raises:
+        ValueError: if the source cannot be read or has no text.
+        OSError: if the cache cannot be written.
+    """
+    folder = cache / "corpora" / digest(VERSION, listing.stamp, tokenizer.hash)
+    manifest = publish(folder, lambda temporary: _tokenise(listing, tokenizer, temporary, report), report)
+    arrays = [np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ARRAYS]
+    # As plain arrays, since indexing a memory map makes slow objects of its class.
+    return Corpus(*(np.asarray(a) for a in arrays), digest=digest([manifest["files"][f"{name}.npy"] for name in ARRAYS]))
+
+
+ARRAYS = ("tokens", "offsets", "hashes", "num_bytes")
+
+
+def _tokenise(listing: Listing, tokenizer: Tokenizer, folder: Path, report: Report) -> dict[str, Any]:
+    began = said = time.monotonic()
+    with open(folder / "tokens.npy", "wb") as file:
+        writer = _Writer(file, tokenizer)
+        for text in documents(listing):
+            writer.add(text)
+            if time.monotonic() > said + 10:
+                said = time.monotonic()
+                report(f"{listing.source.path}: {sum(writer.num_bytes) / 1e6:,.0f} MB tokenised so far")
+        writer.finish()
+    if not writer.hashes:
+        raise ValueError(
+            f'{listing.key}.path = "{listing.source.path}": the corpus is empty: no file, line or row has any text; '
+            "give files with text in them"
+        )
+    offsets = np.concatenate([[0], np.cumsum(np.array(writer.lengths, dtype=np.int64))])
+    np.save(folder / "offsets.npy", offsets)
+    np.save(folder / "hashes.npy", np.array(writer.hashes, dtype=np.uint64))
+    np.save(folder / "num_bytes.npy", np.array(writer.num_bytes, dtype=np.int64))
+    size, tokens = sum(writer.num_bytes), int(offsets[-1])
+    report(
+        f"{listing.source.path}: {len(writer.hashes):,} documents, {size / 1e6:,.1f} MB are {tokens:,} tokens, "
+        f"made in {time.monotonic() - began:.1f} s"
+    )
+    source = dataclasses.asdict(listing.source)
+    return {"source": source, "tokenizer": tokenizer.hash, "documents": len(writer.hashes), "tokens": tokens}
+
+
+class _Writer:
+    """Tokenises documents in chunks of bounded size into an .npy file whose length is known only at the end."""
+
+    def __init__(self, file: Any, tokenizer: Tokenizer) -> None:
+        self.file, self.tokenizer = file, tokenizer
+        self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+        self.lengths, self.hashes, self.num_bytes = array("q"), array("Q"), array("q")
+        self._pending: list[str] = []
+        self._ends: list[bool] = []
+        self._characters = 0
+        self._length = 0
+        self._header(0)
+
+    def add(self, text: str) -> None:
+        self.hashes.append(text_hash(text))
+        self.num_bytes.append(len(text.encode()))
+        for piece, is_last in pieces(text):
+            self._pending.append(piece)
+            self._ends.append(is_last)
+            self._characters += len(piece)
+            if self._characters >= CHUNK or len(self._pending) >= 4096:
+                self._flush()
+
+    def finish(self) -> None:
+        self._flush()
+        self.file.seek(0)
+        self._header(sum(self.lengths))
+
+    def _flush(self) -> None:
+        end = [self.tokenizer.end_of_document]
+        for ids, is_last in zip(self.tokenizer.encode_batch(self._pending), self._ends, strict=True):
+            ids = ids + end if is_last else ids
+            self.file.write(np.array(ids, dtype=self.dtype).tobytes())
+            self._length += len(ids)
+            if is_last:
+                self.lengths.append(self._length)
+                self._length = 0
+        self._pending, self._ends, self._characters = [], [], 0
+
+    def _header(self, count: int) -> None:
+        # The format leaves room in the header for the first dim to grow, so it can be written over.
+        description = {"descr": self.dtype.str, "fortran_order": False, "shape": (count,)}
+        np.lib.format.write_array_header_1_0(self.file, description)
+
+
+def pieces(text: str, size: int = CHUNK) -> Iterator[tuple[str, bool]]:
+    """A text in parts of about `size` characters, each with whether it is the last.
+
+    Cuts stand before a line that starts with no space, where the tokenizers made here never join two tokens. Others
+    may, so in documents over `size` they can give a token more.
+    """
+    begin = 0
+    while len(text) - begin > size and (line := re.compile(r"\n(?=\S)").search(text, begin + size)):
+        yield text[begin : line.end()], False
+        begin = line.end()
+    yield text[begin:], True
+
+
+def digest(*values: Any) -> str:
+    """Hash of values that JSON can write."""
+    return hashlib.blake2b(json.dumps(values).encode(), digest_size=16).hexdigest()
+
+
+def cache_folder(setting: str, report: Report) -> Path:
+    """`setting`, or else where caches belong on this machine, or else `.cache/armillary` here."""
+    if setting:
+        return Path(setting).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    usual = Path(os.environ.get("ARMILLARY_CACHE") or Path(base) / "armillary")
+    try:
+        usual.mkdir(parents=True, exist_ok=True)
+        if os.access(usual, os.W_OK):
+            return usual
+    except OSError:
+        pass
+    here = Path(".cache/armillary").absolute()
+    report(f"{usual} cannot be written; tokens are kept in {here} (ARMILLARY_CACHE or data.cache names another place)")
+    return here
+
+
+def publish(folder: Path, build: Callable[[Path], dict[str, Any]], report: Report) -> dict[str, Any]:
+    """The manifest of a finished folder, which is built first if it is missing or damaged.
+
+    Built aside under a lock and renamed, so that it is whole or absent, whoever is killed and however many build at
+    once. The manifest is what `build(folder)` returned, with size and hash of every file.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    if (folder / MANIFEST).is_file() and not isinstance(found := _check(folder), str):
+        return found
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.parent / f".{folder.name}.lock")
+        try:
+            lock.acquire(timeout=0.1)
+        except Timeout:
+            report(f"waiting for another process that prepares the same data in {folder.parent}")
+            lock.acquire()
+        try:
+            return _build(folder, build, report)
+        finally:
+            lock.release()
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"the data cache {folder.parent} cannot be written ({error.strerror}); make room there, or set data.cache "
+            "(or ARMILLARY_CACHE) to another folder",
+        ) from error
+
+
+MANIFEST = "manifest.json"
+
+
+def _build(folder: Path, build: Callable[[Path], dict[str, Any]], report: Report) -> dict[str, Any]:
+    """Under the lock: what was left half-made by a killed process is removed."""
+    if folder.exists():
+        found = _check(folder)
+        if not isinstance(found, str):
+            return found
+        report(f"{folder} is damaged ({found}); it is made again")
+        shutil.rmtree(folder)
+    for left in folder.parent.glob(f".{folder.name}.*.tmp"):
+        shutil.rmtree(left, ignore_errors=True)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir()
+        manifest = build(temporary)
+        files = sorted(temporary.iterdir())
+        manifest["files"] = {file.name: {"size": file.stat().st_size, "hash": _file_hash(file)} for file in files}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        for path in (*files, temporary / MANIFEST, temporary):
+            _sync(path)
+        os.rename(temporary, folder)
+        _sync(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return manifest
+
+
+def _check(folder: Path) -> dict[str, Any] | str:
+    """The manifest of a folder, or what is wrong with it."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        for name, fact in manifest["files"].items():
+            if (folder / name).stat().st_size != fact["size"]:
+                return f"{name} has another size"
+            if fact["size"] <= HASHED_BYTES and _file_hash(folder / name) != fact["hash"]:
+                return f"{name} has another hash"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return manifest
+
+
+def _file_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

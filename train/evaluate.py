@@ -1,0 +1,22 @@
+"""The held-out loss of a run's checkpoint."""
+
+from typing import Any
+
+from armillary.train.data import held_out_batches, prepare
+from armillary.train.engine import Engine
+from armillary.train.loaded_run import loaded_run
+
+
+def evaluate_run(run: str) -> dict[str, Any]:
+    """Loss (nats a token) and bits per byte over all held-out sequences, with the newest sound checkpoint.
+
+    Raises:
+        ValueError: if there is no such run, it has no sound checkpoint, or its corpus holds nothing out.
+    """
+    with loaded_run(run) as loaded:
+        dataset = prepare(loaded.config.data, print)
+        if dataset.num_held_out == 0:
+            raise ValueError(f"{run}: the corpus holds nothing out; set data.held_out above 0 and train again")
+        batches = held_out_batches(dataset, 0, loaded.config.data.batch_size, 0, 1)
+        loss, bits_per_byte = Engine(loaded.model, loaded.ranks).evaluate(batches, dataset)
+    return {"run": run, "step": loaded.step, "loss": loss, "bits_per_byte": bits_per_byte}

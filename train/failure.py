@@ -1,0 +1,73 @@
+"""How a failing rank tells why: one sentence for the person, the traceback for --debug. Imports no torch."""
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ERRORS_FOLDER = "ARMILLARY_ERRORS"
+"""Environment variable: the folder in which ranks leave their failures for the process that started them."""
+
+REFUSED, FAILED = 2, 1
+"""Exit codes: an input that was refused; a failure."""
+
+
+class RunStopped(Exception):
+    """A run that cannot go on, for a reason that a person can understand and act on."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why one rank ended. A `bug` is ours; all else is told without a traceback."""
+
+    rank: int
+    message: str
+    traceback: str
+    exit_code: int
+    bug: bool
+    time: float
+
+
+def describe(error: BaseException, rank: int = 0) -> Failure:
+    """The failure that an exception stands for: ValueError and OSError are refused input, RunStopped a failed run."""
+    bug = not isinstance(error, (ValueError, OSError, RunStopped))
+    text = str(error) or type(error).__name__
+    return Failure(
+        rank=rank,
+        message=f"{type(error).__name__}: {text}" if bug else text,
+        traceback="".join(traceback.format_exception(error)),
+        exit_code=REFUSED if isinstance(error, (ValueError, OSError)) else FAILED,
+        bug=bug,
+        time=time.time(),
+    )
+
+
+def show(failure: Failure, debug: bool) -> None:
+    """Prints a failure to standard error."""
+    if debug and failure.traceback:
+        print(failure.traceback, file=sys.stderr)
+    print(f"error: {failure.message}", file=sys.stderr)
+    if failure.bug and not debug:
+        print("This is not your mistake. Add --debug to see the traceback, and please report it.", file=sys.stderr)
+
+
+def guarded(main: Callable[[], None], debug: bool) -> int:
+    """Runs a rank's main; tells its failure to whoever started the ranks; returns the exit code."""
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        main()
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        failure = describe(error, rank)
+        folder = os.environ.get(ERRORS_FOLDER)
+        if folder:
+            Path(folder, f"rank-{rank}.json").write_text(json.dumps(asdict(failure)))
+        elif rank == 0 or failure.bug:
+            show(failure, debug)
+        return failure.exit_code
+    return 0

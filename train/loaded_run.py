@@ -1,0 +1,46 @@
+"""A run's newest checkpoint on one process, to evaluate it or to let it write."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from armillary.parallel.mesh import Ranks, joined_ranks
+from armillary.parallel.plan import Plan
+from armillary.train.build import build_model, model_tensors
+from armillary.train.checkpoint import load
+from armillary.train.config import RunConfig
+from armillary.train.model import Transformer
+from armillary.train.restore import newest_sound
+from armillary.train.run_folder import open_run
+from armillary.train.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A trained model and what belongs to it."""
+
+    config: RunConfig
+    ranks: Ranks
+    model: Transformer
+    tokenizer: Tokenizer
+    step: int
+
+
+@contextmanager
+def loaded_run(run: str | Path) -> Iterator[LoadedRun]:
+    """Opens a run on this process alone.
+
+    Raises:
+        ValueError: if there is no such run, or it has no sound checkpoint.
+    """
+    folder = open_run(run)
+    config = replace(folder.load_config(), plan=Plan())
+    with joined_ranks(config.plan) as ranks:
+        path = newest_sound(folder.checkpoints, ranks, print)
+        if path is None:
+            raise ValueError(f"{folder.path}: has no sound checkpoint yet; continue it with --resume {folder.path}")
+        model = build_model(config.model, config.optim.precision, ranks)
+        facts = load(path, model_tensors(model), {}, 0, 1)
+        tokenizer = load_tokenizer(folder.path, "the run's tokenizer")
+        yield LoadedRun(config, ranks, model, tokenizer, facts["progress"]["step"])

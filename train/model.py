@@ -1,0 +1,189 @@
+"""The model: a decoder-only transformer of the Llama family, which knows nothing of ranks.
+
+Shapes: tokens, positions, documents, labels (batch, seq); hidden (batch, seq, dim); queries (batch, seq, heads,
+head_dim), keys and values (batch, seq, kv_heads, head_dim).
+"""
+
+import dataclasses
+import zlib
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from armillary.kernels.attention import Places, attention
+from armillary.kernels.cross_entropy import IGNORE, linear_cross_entropy
+from armillary.kernels.norm import rms_norm
+from armillary.kernels.rope import frequencies, rotate, tables
+from armillary.kernels.swiglu import swiglu
+from armillary.train.model_shape import ModelConfig
+
+__all__ = ["IGNORE", "Attention", "Block", "FeedForward", "Transformer", "initialise"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Shared:
+    """What all blocks of one forward pass share. No container to PyTorch, so mixed precision leaves the tables alone."""
+
+    places: Places
+    cos: Tensor
+    sin: Tensor
+
+
+class RMSNorm(nn.Module):
+    """See kernels/norm.py."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Core(nn.Module):
+    """The seam: attention over keys that are all here. A plan may put its own module in this one's place.
+
+    Called with q, k, v and the pass's `Places` (positions, documents); returns q's shape. It has no parameters.
+    """
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, places: Places) -> Tensor:
+        return attention(q, k, v, places)
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with rotary positions."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_size
+        width, kv_width = config.num_heads * config.head_size, config.kv_heads * config.head_size
+        self.query = nn.Linear(config.dim, width, bias=config.qkv_bias)
+        self.key = nn.Linear(config.dim, kv_width, bias=config.qkv_bias)
+        self.value = nn.Linear(config.dim, kv_width, bias=config.qkv_bias)
+        self.output = nn.Linear(width, config.dim, bias=False)
+        self.query_norm = RMSNorm(config.head_size, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.key_norm = RMSNorm(config.head_size, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.core: nn.Module = Core()
+
+    def forward(self, x: Tensor, shared: Shared) -> Tensor:
+        # The number of heads follows from the projections, which a plan may have divided.
+        q, k, v = (part(x).unflatten(-1, (-1, self.head_dim)) for part in (self.query, self.key, self.value))
+        q = rotate(self.query_norm(q), shared.cos, shared.sin)
+        k = rotate(self.key_norm(k), shared.cos, shared.sin)
+        return self.output(self.core(q, k, v, shared.places).flatten(-2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate = nn.Linear(config.dim, config.hidden, bias=False)
+        self.up = nn.Linear(config.dim, config.hidden, bias=False)
+        self.down = nn.Linear(config.hidden, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(swiglu(self.gate(x), self.up(x)))
+
+
+class Block(nn.Module):
+    """One layer: attention, then feed-forward, each on the normalised stream and added back to it."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn = FeedForward(config)
+
+    def forward(self, x: Tensor, shared: Shared) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), shared)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class Transformer(nn.Module):
+    """The whole model. It keeps no buffers, so it may be built on the meta device, allocated, then initialised.
+
+    `output` is None when the embedding's own matrix projects to the vocabulary: one parameter with one name, which
+    neither allocation nor a checkpoint can split in two.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of the next token, or the loss over `labels`.
+
+        Args:
+            tokens: ids (batch, seq).
+            positions: place of each token in its document, in any order; None for one document a row, in order.
+            documents: which document of its row a token belongs to; attention never crosses documents. None for one.
+            labels: the token to predict at each place, or IGNORE.
+
+        Returns:
+            Without labels the logits (batch, seq, vocab); with labels the SUM of the cross entropy over labelled
+            tokens, 0-d, float32 (float64 for a float64 model).
+        """
+        x = self.embedding(tokens)
+        shared = self._shared(x.dtype, Places.of(tokens, positions, documents))
+        for block in self.blocks:
+            x = block(x, shared)
+        x = self.norm(x)
+        # Read here, inside the root's forward pass, where FSDP has gathered the root's own parameters.
+        weight = self.embedding.weight if self.output is None else self.output.weight
+        return F.linear(x, weight) if labels is None else linear_cross_entropy(x, weight, labels)
+
+    def _shared(self, dtype: torch.dtype, places: Places) -> Shared:
+        scaling = self.config.rope_scaling
+        frequency = frequencies(
+            self.config.head_size,
+            self.config.rope_theta,
+            None if scaling is None else dataclasses.astuple(scaling),
+            places.positions.device,
+        )
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return Shared(places, *tables(places.positions, frequency, wide))
+
+
+def _copy(parameter: nn.Parameter, full: Tensor) -> None:
+    parameter.copy_(full)
+
+
+@torch.no_grad()
+def initialise(model: Transformer, seed: int, place: Callable[[nn.Parameter, Tensor], None] = _copy) -> None:
+    """Fills every parameter in place; the values depend on nothing but the seed, its name and its full shape.
+
+    Norms become 1, biases 0, matrices normal with deviation 0.02, divided by sqrt(2 * layers) where they add to the
+    residual stream. Source: GPT-2.
+
+    Args:
+        model: built, and allocated where it was built on the meta device.
+        seed: the same seed gives the same weights on any number of ranks.
+        place: stores a full float32 tensor, on the CPU, into a parameter, of which a rank may hold a part only.
+    """
+    residual = 0.02 / (2 * model.config.num_layers) ** 0.5
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            full = torch.ones(parameter.shape, device="cpu")
+        elif name.endswith("bias"):
+            full = torch.zeros(parameter.shape, device="cpu")
+        else:
+            # Hashed together: the CPU generator looks at the low 32 bits of its seed only.
+            generator = torch.Generator("cpu").manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+            deviation = residual if name.endswith(("attention.output.weight", "ffn.down.weight")) else 0.02
+            full = torch.empty(parameter.shape, device="cpu").normal_(0, deviation, generator=generator)
+        place(parameter, full)

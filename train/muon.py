@@ -1,0 +1,215 @@
+"""Muon for matrices whose rows are sharded over ranks.
+
+The momentum lives on the shard. Newton-Schulz needs the whole matrix, so for each bucket of matrices one all_to_all
+brings every matrix together on one rank, its owner, which orthogonalises it; a second one takes the rows of the update
+back. Each matrix is worked on once, and crosses the network twice. Matrices that are not sharded need no exchange.
+
+Sources: Jordan 2024, kellerjordan.github.io/posts/muon; torch.optim.Muon, whose coefficients, epsilon and learning
+rate adjustment these are, but which iterates in bfloat16 always and knows no shards.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from armillary.comm.collectives import all_to_all
+from armillary.comm.ledger import Ledger
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+ITERATIONS = 5
+EPSILON = 1e-7
+BUCKET_ELEMENTS = 32 * 2**20
+
+Shape = tuple[int, int]
+
+
+class Muon(Optimizer):
+    """Momentum, orthogonalised, as the update of matrices (Nesterov; decoupled weight decay).
+
+    All ranks give the same matrices in the same order, and have gradients for the same ones.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        *,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        group: dist.ProcessGroup | None,
+        ledger: Ledger,
+    ) -> None:
+        """
+        Args:
+            params: 2-D parameters of one dtype and device, not empty; those that are DTensors are sharded on dim 0
+                over `group` as torch.chunk would.
+            lr: learning rate of a matrix that is not taller than wide; else times sqrt(rows / columns).
+            momentum: decay of the mean gradient.
+            weight_decay: share of a weight that is taken off per step, times `lr`.
+            group: the ranks that hold the shards; None for one process.
+            ledger: counts the bytes, under the purpose "muon".
+        """
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        assert all(p.ndim == 2 for g in self.param_groups for p in g["params"])
+        self.process_group = group
+        self.ledger = ledger
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Updates every matrix that has a gradient."""
+        for settings in self.param_groups:
+            matrices = [p for p in settings["params"] if p.grad is not None]
+            self._update([p for p in matrices if not isinstance(p, DTensor)], None, settings)
+            self._update([p for p in matrices if isinstance(p, DTensor)], self.process_group, settings)
+
+    def _update(self, matrices: list[Tensor], group: dist.ProcessGroup | None, settings: dict[str, Any]) -> None:
+        shapes = [(p.shape[0], p.shape[1]) for p in matrices]
+        for bucket in plan_buckets(shapes, group.size() if group else 1, BUCKET_ELEMENTS):
+            members = [matrices[index] for index, _ in bucket]
+            directions = [self._direction(p, settings["momentum"]) for p in members]
+            if group is None or group.size() == 1:
+                updates = [orthogonalise(direction) for direction in directions]
+            else:
+                members_shapes, owners = [shapes[index] for index, _ in bucket], [owner for _, owner in bucket]
+                updates = orthogonalise_shards(directions, members_shapes, owners, group=group, ledger=self.ledger)
+            for parameter, update in zip(members, updates, strict=True):
+                rows, columns = parameter.shape
+                weight = local_part(parameter)
+                weight.mul_(1 - settings["lr"] * settings["weight_decay"])
+                weight.add_(update, alpha=-settings["lr"] * math.sqrt(max(1, rows / columns)))
+
+    def _direction(self, parameter: Tensor, momentum: float) -> Tensor:
+        """This rank's rows of the Nesterov momentum, in the dtype of the iteration."""
+        state = self.state[parameter]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        assert parameter.grad is not None
+        gradient, buffer = local_part(parameter.grad), local_part(state["momentum_buffer"])
+        buffer.lerp_(gradient, 1 - momentum)
+        return gradient.lerp(buffer, momentum).to(iteration_dtype(parameter))
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """The rows that this rank holds: the memory itself, under `no_grad`."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def iteration_dtype(parameter: Tensor) -> torch.dtype:
+    """float64 for float64 weights, so that rounding hides nothing; else bfloat16 on a GPU, float32 on a CPU."""
+    if parameter.dtype == torch.float64:
+        return torch.float64
+    return torch.bfloat16 if parameter.device.type == "cuda" else torch.float32
+
+
+def orthogonalise(matrix: Tensor) -> Tensor:
+    """About U Vᵀ of the matrix U S Vᵀ (its singular values come to lie around 1), by a quintic Newton-Schulz iteration.
+
+    Works in the matrix's dtype and makes the same roundings as torch.optim.Muon. A zero matrix gives zeros.
+    """
+    a, b, c = COEFFICIENTS
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if tall else matrix
+    x = x / x.norm().clamp(min=EPSILON)
+    for _ in range(ITERATIONS):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x
+
+
+def orthogonalise_shards(
+    shards: Sequence[Tensor],
+    shapes: Sequence[Shape],
+    owners: Sequence[int],
+    *,
+    group: dist.ProcessGroup,
+    ledger: Ledger,
+) -> list[Tensor]:
+    """This rank's rows of the orthogonalised matrices.
+
+    Args:
+        shards: this rank's rows of each matrix; all of one dtype; some may have no rows.
+        shapes: of the whole matrices.
+        owners: the rank of the group that works on each matrix.
+        group: the ranks that hold the shards.
+        ledger: counts the bytes, under the purpose "muon".
+    """
+    ranks, rank = range(group.size()), group.rank()
+    rows = [shard_rows(height, group.size()) for height, _ in shapes]
+    assert all(shard.shape[0] == r[rank] for shard, r in zip(shards, rows, strict=True))
+    owned_by = [[index for index, owner in enumerate(owners) if owner == r] for r in ranks]
+    mine = owned_by[rank]
+    pieces = _exchange(
+        [[shards[index] for index in owned_by[r]] for r in ranks],
+        [[(rows[index][r], shapes[index][1]) for index in mine] for r in ranks],
+        shards[0],
+        group=group,
+        ledger=ledger,
+    )
+    updates = [orthogonalise(torch.cat(parts)).split(rows[i]) for i, *parts in zip(mine, *pieces, strict=True)]
+    pieces = _exchange(
+        [[update[r] for update in updates] for r in ranks],
+        [[(rows[index][rank], shapes[index][1]) for index in owned_by[r]] for r in ranks],
+        shards[0],
+        group=group,
+        ledger=ledger,
+    )
+    found = {index: piece for r in ranks for index, piece in zip(owned_by[r], pieces[r], strict=True)}
+    return [found[index] for index in range(len(shapes))]
+
+
+def _exchange(
+    outgoing: Sequence[Sequence[Tensor]],
+    shapes: Sequence[Sequence[Shape]],
+    like: Tensor,
+    *,
+    group: dist.ProcessGroup,
+    ledger: Ledger,
+) -> list[list[Tensor]]:
+    """Sends the tensors of list r to rank r; returns what each rank sent: of the given shapes, dtype as `like`."""
+    empty = like.new_empty(0)
+    flat = torch.cat([empty, *(tensor.reshape(-1) for tensors in outgoing for tensor in tensors)])
+    sizes_in = [sum(tensor.numel() for tensor in tensors) for tensors in outgoing]
+    sizes_out = [sum(height * width for height, width in of_rank) for of_rank in shapes]
+    received = like.new_empty(sum(sizes_out))
+    all_to_all(received, flat, sizes_out, sizes_in, group=group, ledger=ledger, purpose="muon")
+    parts = iter(received.split([height * width for of_rank in shapes for height, width in of_rank]))
+    return [[next(parts).view(shape) for shape in of_rank] for of_rank in shapes]
+
+
+def shard_rows(num_rows: int, num_ranks: int) -> list[int]:
+    """Rows of each rank's shard, as torch.chunk and FSDP2 cut: the last ranks may have fewer, or none."""
+    chunk = -(-num_rows // num_ranks)
+    return [min(max(num_rows - rank * chunk, 0), chunk) for rank in range(num_ranks)]
+
+
+def flops(shape: Shape) -> int:
+    """Floating-point operations of `orthogonalise`: per iteration two products with the matrix and one of the gram."""
+    short, long = min(shape), max(shape)
+    return ITERATIONS * (4 * short * short * long + 2 * short**3)
+
+
+def plan_buckets(shapes: Sequence[Shape], num_ranks: int, max_elements: int) -> list[list[tuple[int, int]]]:
+    """Buckets of (index of the matrix, owner), in the order in which they are exchanged.
+
+    Matrices go from the most work to the least, each to the rank that has the least work in the bucket, so equal ones
+    go round robin. No rank owns more than `max_elements` in a bucket, unless it is one matrix.
+    """
+    buckets: list[list[tuple[int, int]]] = []
+    work: list[int] = []
+    held: list[int] = []
+    for index in sorted(range(len(shapes)), key=lambda i: -flops(shapes[i])):
+        size = shapes[index][0] * shapes[index][1]
+        owner = work.index(min(work)) if buckets else 0
+        if not buckets or (held[owner] and held[owner] + size > max_elements):
+            buckets.append([])
+            work, held, owner = [0] * num_ranks, [0] * num_ranks, 0
+        buckets[-1].append((index, owner))
+        work[owner] += flops(shapes[index])
+        held[owner] += size
+    return buckets

@@ -1,0 +1,137 @@
+"""Parity: the proof that a plan computes what one process computes.
+
+Both run the same batches from the same initial weights for a few optimizer steps. The ranks run the very code of a
+training run. The one process is the oracle, and is written as plainly as it can be: no ranks, no sharding, no
+micro-batches, one sequence after the other. In float64 rounding cannot hide a mistake: an error above 1e-9 is one.
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from armillary.comm.ledger import Ledger
+from armillary.parallel.mesh import Ranks, joined_ranks
+from armillary.parallel.partition import whole
+from armillary.train.build import COMPUTE, build_model
+from armillary.train.config import RunConfig, load_config
+from armillary.train.data import Dataset, micro_batches, prepare
+from armillary.train.engine import Engine
+from armillary.train.failure import guarded
+from armillary.train.model import IGNORE, Transformer, initialise
+from armillary.train.optim import build_optimizers
+from armillary.train.schedule import learning_rate_ratio
+
+Trace = dict[str, Tensor]
+"""Named results of a run: `loss/<step>`, `gradient/<step>/<parameter>`, `parameter/<parameter>`, all whole."""
+
+TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
+"""Largest relative error that is rounding, by dtype."""
+
+
+def trace_one_process(config: RunConfig, dataset: Dataset, steps: int) -> Trace:
+    """The oracle: the run on this process alone."""
+    model = Transformer(config.model).to(COMPUTE[config.optim.precision])
+    initialise(model, config.model.seed)
+    optimizers = build_optimizers(model, config.optim, group=None, ledger=Ledger())
+    trace: Trace = {}
+    for step in range(steps):
+        first = step * config.data.batch_size
+        sequences = [dataset.sequence(first + i) for i in range(config.data.batch_size)]
+        num_labels = max(1, sum(int((s.labels != IGNORE).sum()) for s in sequences))
+        loss = torch.zeros((), dtype=torch.float64)
+        for s in sequences:
+            arrays = (s.tokens, s.positions, s.documents, s.labels)
+            part = model(*(torch.from_numpy(np.asarray(array))[None] for array in arrays)) / num_labels
+            part.backward()
+            loss += part.detach()
+        trace[f"loss/{step}"] = loss
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        trace |= {f"gradient/{step}/{name}": gradient.clone() for name, gradient in gradients.items()}
+        norm = torch.stack([gradient.square().sum() for gradient in gradients.values()]).sum().sqrt()
+        if config.optim.clip_norm > 0:
+            scale = (config.optim.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+            for gradient in gradients.values():
+                gradient.mul_(scale)
+        optimizers.step(learning_rate_ratio(config.optim, step))
+        optimizers.zero_grad()
+    return trace | {f"parameter/{name}": p.detach().clone() for name, p in model.named_parameters()}
+
+
+def trace_ranks(config: RunConfig, dataset: Dataset, steps: int, ranks: Ranks) -> Trace:
+    """The run under its plan, by the engine that trains; every rank returns the whole trace."""
+    model = build_model(config.model, config.optim.precision, ranks)
+    engine = Engine(model, ranks)
+    optimizers = build_optimizers(model, config.optim, group=ranks.data, ledger=ranks.ledger)
+    gather: dict[str, Any] = {"group": ranks.data, "ledger": ranks.ledger, "purpose": "parity"}
+    trace: Trace = {}
+    for step in range(steps):
+        cursor = step * config.data.batch_size
+        batches = micro_batches(
+            dataset, cursor, config.data.batch_size, config.optim.micro_batches, ranks.data.rank(), ranks.data.size()
+        )
+        trace[f"loss/{step}"] = engine.forward_backward(batches)
+        for name, p in model.named_parameters():
+            if p.grad is not None:
+                trace[f"gradient/{step}/{name}"] = whole(p.grad, **gather).clone()
+        engine.clip(engine.gradient_norm(), config.optim.clip_norm)
+        optimizers.step(learning_rate_ratio(config.optim, step))
+        optimizers.zero_grad()
+    return trace | {f"parameter/{name}": whole(p.detach(), **gather).clone() for name, p in model.named_parameters()}
+
+
+def compare(trace: Trace, oracle: Trace) -> dict[str, Any]:
+    """The largest relative errors of a trace, by kind, and the name of the worst.
+
+    The error of a tensor is its largest absolute difference over its largest absolute value in the oracle.
+    """
+    if trace.keys() != oracle.keys():
+        odd = sorted(trace.keys() ^ oracle.keys())
+        raise AssertionError(f"the plan and the one process have different tensors: {odd[:5]}")
+    errors = dict(_errors(trace, oracle))
+    worst_name = max(errors, key=lambda name: errors[name])
+
+    def largest(kind: str) -> float:
+        return max((error for name, error in errors.items() if name.startswith(kind)), default=0.0)
+
+    return {
+        "loss_error": largest("loss/"),
+        "gradient_error": largest("gradient/"),
+        "parameter_error": largest("parameter/"),
+        "worst_error": errors[worst_name],
+        "worst_name": worst_name,
+    }
+
+
+def _errors(trace: Trace, oracle: Trace) -> Iterator[tuple[str, float]]:
+    for name, expected in oracle.items():
+        found = trace[name].double().cpu()
+        difference = (found - expected.double()).abs().max()
+        scale = expected.double().abs().max()
+        error = float(difference / scale if scale > 0 else difference)
+        # A NaN anywhere is the worst of errors, and must not vanish in a maximum.
+        yield name, error if error == error else float("inf")
+
+
+def main() -> int:
+    """One rank: reads FOLDER/config.toml, writes the trace to FOLDER/trace.safetensors (rank 0)."""
+    folder, steps = Path(sys.argv[1]), int(sys.argv[2])
+
+    def run() -> None:
+        from safetensors.torch import save_file
+
+        config = load_config(folder / "config.toml")
+        with joined_ranks(config.plan) as ranks:
+            trace = trace_ranks(config, prepare(config.data, lambda _: None), steps, ranks)
+            if ranks.rank == 0:
+                save_file({name: tensor.cpu().contiguous() for name, tensor in trace.items()}, folder / "trace.safetensors")
+
+    return guarded(run, debug=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

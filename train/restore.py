@@ -1,0 +1,61 @@
+"""The state of a run as named tensors, and the way back to it from a checkpoint that all ranks found sound."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from armillary.comm.collectives import all_reduce, broadcast_text
+from armillary.parallel.mesh import Ranks
+from armillary.train.build import model_tensors
+from armillary.train.checkpoint import load, verify_together
+from armillary.train.model import Transformer
+from armillary.train.optim import Optimizers
+from armillary.train.store import complete, verify
+
+
+def shared_state(model: Transformer, optimizers: Optimizers) -> dict[str, Tensor]:
+    """Weights and optimizer state: what the ranks hold together, whatever their number."""
+    return model_tensors(model) | optimizers.state_tensors()
+
+
+def own_state() -> dict[str, Tensor]:
+    """What each rank has for itself: the state of its random generators."""
+    state = {"rng/cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["rng/cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def load_state(path: Path, model: Transformer, optimizers: Optimizers, ranks: Ranks) -> dict[str, Any]:
+    """Fills model, optimizers and random generators from a checkpoint; returns the facts saved with it.
+
+    Raises:
+        ValueError: if it is a checkpoint of another model.
+    """
+    optimizers.create_state()
+    own = own_state()
+    facts = load(path, shared_state(model, optimizers), own, ranks.rank, ranks.num_ranks)
+    torch.set_rng_state(own["rng/cpu"])
+    if "rng/cuda" in own:
+        torch.cuda.set_rng_state(own["rng/cuda"])
+    return facts
+
+
+def newest_sound(folder: Path, ranks: Ranks, note: Callable[[str], None]) -> Path | None:
+    """The newest complete checkpoint in which no rank found a fault; each checks its share of the files.
+
+    A faulty one is named, with its faults, and the one before it is tried.
+    """
+    found = "\n".join(path.name for path in complete(folder)) if ranks.rank == 0 else ""
+    talk: dict[str, Any] = {"group": ranks.everyone, "ledger": ranks.ledger, "purpose": "setup"}
+    names = broadcast_text(found, device=ranks.device, **talk)
+    for name in names.split():
+        problems = verify_together(folder / name, ranks.rank, ranks.num_ranks)
+        if all_reduce(torch.tensor(len(problems), device=ranks.device), **talk).item() == 0:
+            return folder / name
+        if ranks.rank == 0:
+            note(f"{folder / name} is not sound and is passed over: {'; '.join(verify(folder / name))}")
+    return None

@@ -1,0 +1,105 @@
+"""The folder of a run: where its config, metrics, checkpoints, sample and report are. Imports no torch."""
+
+import os
+import platform
+import re
+import sys
+import time
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from armillary.train.config import RunConfig, dump_config, load_config
+from armillary.train.tokenizer import Tokenizer
+from armillary.train.store import write_aside, write_json
+
+ROOT = Path("runs")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths inside `runs/<name>/`."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.toml"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def sample(self) -> Path:
+        return self.path / "sample.txt"
+
+    def load_config(self) -> RunConfig:
+        return load_config(self.config)
+
+
+def create_run(config: RunConfig, config_path: str | Path, name: str, tokenizer: Tokenizer) -> RunFolder:
+    """Makes the folder of a new run and saves in it the resolved config, the tokenizer and facts of this machine.
+
+    Args:
+        config: the resolved config.
+        config_path: the file it came from; its stem and the time make the name of a run that is given none.
+        name: the run's name: letters, digits, dots, dashes and underscores; may be empty.
+        tokenizer: of its data, kept so that the model can be used without them.
+
+    Raises:
+        ValueError: if the name is not one, or a run of that name exists.
+    """
+    if name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", name):
+        raise ValueError(f"--name {name!r}: use letters, digits, '.', '-' and '_' only, starting with a letter or digit")
+    stamp = time.strftime(f"{Path(config_path).stem}-%Y%m%d-%H%M%S")
+    path = _make_first([name] if name else [stamp, *(f"{stamp}-{number}" for number in range(2, 100))])
+    folder = RunFolder(path)
+    write_aside(folder.config, dump_config(config).encode())
+    write_json(path / "run.json", machine_facts())
+    tokenizer.save(path)
+    return folder
+
+
+def _make_first(names: list[str]) -> Path:
+    """Makes the first folder of those that does not exist yet."""
+    for name in names:
+        try:
+            (ROOT / name).mkdir(parents=True)
+            return ROOT / name
+        except FileExistsError:
+            continue
+    path = ROOT / names[0]
+    raise ValueError(f"{path} exists; continue it with `armillary train --resume {path}`, or choose another --name")
+
+
+def open_run(name: str | Path) -> RunFolder:
+    """The folder of an existing run, by path or by its name in `runs/`.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    for path in (Path(name), ROOT / name):
+        if (path / "config.toml").is_file():
+            return RunFolder(path)
+    known = sorted(p.parent.name for p in ROOT.glob("*/config.toml")) if ROOT.is_dir() else []
+    hint = f"runs here: {', '.join(known[-5:])}" if known else "there are no runs in ./runs; start one first"
+    raise ValueError(f"{name}: is no run (it has no config.toml); {hint}")
+
+
+def machine_facts() -> dict[str, object]:
+    """Versions and host of this run, for the report."""
+    versions = {}
+    for package in ("armillary", "torch", "numpy", "safetensors", "tokenizers", "datasets"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "versions": versions,
+    }

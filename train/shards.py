@@ -1,0 +1,305 @@
+"""The geometry of shards: boxes inside a tensor, whether they tile it, and which of them a wanted box needs.
+
+Pure integers, no tensors. A box of a 0-d tensor has no offsets and holds one element.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangular part of a tensor: where it begins in each dim, and how many elements it spans there."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """One past the last element of each dim."""
+        return tuple(offset + size for offset, size in zip(self.offsets, self.sizes, strict=True))
+
+    @property
+    def volume(self) -> int:
+        """How many elements it holds."""
+        return math.prod(self.sizes)
+
+    def intersection(self, other: "Box") -> "Box | None":
+        """The elements in both boxes, in the tensor's coordinates; None if there are none."""
+        starts = tuple(map(max, self.offsets, other.offsets))
+        ends = tuple(map(min, self.ends, other.ends))
+        if any(end <= start for start, end in zip(starts, ends, strict=True)):
+            return None
+        return Box(starts, tuple(end - start for start, end in zip(starts, ends, strict=True)))
+
+    def slices(self, outer: "Box") -> tuple[slice, ...]:
+        """Where this box lies inside an array that holds just `outer`."""
+        starts = tuple(offset - origin for offset, origin in zip(self.offsets, outer.offsets, strict=True))
+        return tuple(slice(start, start + size) for start, size in zip(starts, self.sizes, strict=True))
+
+
+def whole(shape: Sequence[int]) -> Box:
+    """The box of a whole tensor."""
+    return Box((0,) * len(shape), tuple(shape))
+
+
+def tiles(shape: Sequence[int], boxes: Iterable[Box]) -> bool:
+    """Whether the boxes hold each element of a tensor of this shape exactly once, and nothing outside of it.
+
+    Boxes without elements count for nothing, so a tensor without elements is tiled by none.
+    """
+    solid = [box for box in boxes if box.volume]
+    if any(len(box.sizes) != len(shape) or len(box.offsets) != len(shape) for box in solid):
+        return False
+    if sum(box.volume for box in solid) != math.prod(shape):
+        return False
+    return not solid or _tiles_from(0, shape, solid)
+
+
+def _tiles_from(dim: int, shape: Sequence[int], boxes: list[Box]) -> bool:
+    """`tiles` for the dims from `dim` on: sweeps `dim`, and asks the same of every slab between two cuts."""
+    if dim == len(shape):
+        return len(boxes) == 1
+    spans = sorted(((box.offsets[dim], box.ends[dim], box) for box in boxes), key=lambda span: span[:2], reverse=True)
+    cuts = sorted({cut for start, end, _ in spans for cut in (start, end)})
+    if not cuts or cuts[0] != 0 or cuts[-1] != shape[dim]:
+        return False
+    active: list[tuple[int, Box]] = []
+    for cut in cuts[:-1]:
+        active = [(end, box) for end, box in active if end > cut]
+        while spans and spans[-1][0] == cut:
+            _, end, box = spans.pop()
+            active.append((end, box))
+        if not _tiles_from(dim + 1, shape, [box for _, box in active]):
+            return False
+    return True
+
+
+def pieces(wanted: Box, shards: Iterable[tuple[T, Box]]) -> Iterator[tuple[T, Box]]:
+    """The shards that hold a part of `wanted`, each with that part (in the tensor's coordinates)."""
+    for shard, box in shards:
+        part = wanted.intersection(box)
+        if part is not None:
+            yield shard, part
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The part of a tensor that one file holds, under the tensor's own name."""
+
+    file: str
+    box: Box
+    checksum: str
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor: its dtype by safetensors' name, its global shape, and where its elements are."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    shards: tuple[Shard, ...]
+
+    def bytes_of(self, shard: Shard) -> int:
+        return shard.box.volume * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A safetensors file: its bytes, and the checksum of its header; every other byte belongs to one shard."""
+
+    size: int
+    header: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint holds; or, before the ranks' parts are merged, what one rank wrote of it."""
+
+    step: int
+    num_ranks: int
+    facts: Mapping[str, Any]
+    files: Mapping[str, StoredFile]
+    tensors: Mapping[str, Stored]
+
+    @property
+    def weights(self) -> str:
+        """One checksum of all tensors named `model/...`, to compare two runs by.
+
+        It covers names, dtypes, shard boxes and shard checksums: equal weights give equal strings on one sharding, and
+        others when they are sharded over another number of ranks.
+        """
+        lines = [
+            f"{name} {stored.dtype} {shard.box.offsets} {shard.box.sizes} {shard.checksum}"
+            for name, stored in sorted(self.tensors.items())
+            if name.startswith("model/")
+            for shard in sorted(stored.shards, key=lambda shard: shard.box.offsets)
+        ]
+        return xxhash.xxh3_128_hexdigest("\n".join(lines).encode())
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The manifest as JSON, with a checksum of itself."""
+    content = {
+        "format": FORMAT,
+        "step": manifest.step,
+        "num_ranks": manifest.num_ranks,
+        "weights": manifest.weights,
+        "facts": manifest.facts,
+        "files": {name: {"size": file.size, "header": file.header} for name, file in manifest.files.items()},
+        "tensors": {
+            name: {
+                "dtype": stored.dtype,
+                "shape": stored.shape,
+                "shards": [
+                    {
+                        "file": shard.file,
+                        "offsets": shard.box.offsets,
+                        "sizes": shard.box.sizes,
+                        "bytes": stored.bytes_of(shard),
+                        "checksum": shard.checksum,
+                    }
+                    for shard in stored.shards
+                ],
+            }
+            for name, stored in manifest.tensors.items()
+        },
+    }
+    text = _canonical(content)
+    return b'{"checksum":"%s","manifest":%s}\n' % (xxhash.xxh3_128_hexdigest(text).encode(), text)
+
+
+def decode_manifest(data: bytes) -> Manifest:
+    """The manifest in these bytes; everything in it within bounds, and no byte other than as it was written.
+
+    Raises:
+        ValueError: if it is not so.
+    """
+    try:
+        outer = json.loads(data)
+        content = outer["manifest"]
+        text = _canonical(content)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"is no JSON of a manifest ({type(error).__name__}: {error})") from error
+    if data != b'{"checksum":"%s","manifest":%s}\n' % (xxhash.xxh3_128_hexdigest(text).encode(), text):
+        raise ValueError("differs from its own checksum")
+    try:
+        return _parse_manifest(content)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"lacks a key or has a value of a wrong kind ({error})") from error
+
+
+def merge_parts(parts: Iterable[Manifest]) -> Manifest:
+    """One manifest from every rank's part, in rank order; the facts are rank 0's.
+
+    Raises:
+        ValueError: if the ranks disagree about a tensor, or the shards of one do not tile it.
+    """
+    ordered = list(parts)
+    tensors: dict[str, Stored] = {}
+    for rank, part in enumerate(ordered):
+        for name, stored in part.tensors.items():
+            known = tensors.get(name, Stored(stored.dtype, stored.shape, ()))
+            if (known.dtype, known.shape) != (stored.dtype, stored.shape):
+                raise ValueError(
+                    f"tensor {name!r} is {stored.dtype} {stored.shape} on rank {rank} and {known.dtype} {known.shape} "
+                    "on the ranks before it"
+                )
+            tensors[name] = Stored(stored.dtype, stored.shape, known.shards + stored.shards)
+    files = {name: file for part in ordered for name, file in part.files.items()}
+    manifest = Manifest(ordered[0].step, len(ordered), ordered[0].facts, files, tensors)
+    problems = untiled(manifest)
+    if problems:
+        raise ValueError(few(problems))
+    return manifest
+
+
+def untiled(manifest: Manifest) -> list[str]:
+    """A sentence for each tensor whose shards do not hold every element exactly once."""
+    return [
+        f"the {len(stored.shards)} shards of tensor {name!r} do not hold each element of its shape {stored.shape} once"
+        for name, stored in manifest.tensors.items()
+        if not tiles(stored.shape, [shard.box for shard in stored.shards])
+    ]
+
+
+def few(sentences: Collection[str], most: int = 3) -> str:
+    """The first few of a list in one line, and how many more there are."""
+    more = len(sentences) - most
+    return "; ".join(list(sentences)[:most]) + (f" (and {more} more)" if more > 0 else "")
+
+
+def _canonical(content: object) -> bytes:
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _parse_manifest(content: dict[str, Any]) -> Manifest:
+    if content["format"] != FORMAT:
+        raise ValueError(f"has format {content['format']!r}; this version of armillary reads format {FORMAT}")
+    files = {
+        _file_name(name): StoredFile(_whole_number(entry["size"], "size", MOST_BYTES), _checksum(entry["header"]))
+        for name, entry in content["files"].items()
+    }
+    tensors = {_tensor_name(name): _parse_stored(name, entry, files) for name, entry in content["tensors"].items()}
+    held = dict.fromkeys(files, 0)
+    for stored in tensors.values():
+        for shard in stored.shards:
+            held[shard.file] += stored.bytes_of(shard)
+    for name, file in files.items():
+        if held[name] + 8 > file.size:
+            raise ValueError(f"puts {held[name]} bytes of tensors into {name}, which has {file.size}")
+    if not isinstance(content["facts"], dict):
+        raise ValueError("has facts that are no table")
+    step, num_ranks = (_whole_number(content[key], key, 1 << 40) for key in ("step", "num_ranks"))
+    return Manifest(step, num_ranks, content["facts"], files, tensors)
+
+
+def _parse_stored(name: str, entry: dict[str, Any], files: Mapping[str, StoredFile]) -> Stored:
+    dtype, shape = entry["dtype"], _numbers(entry["shape"], f"shape of {name!r}")
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise ValueError(f"gives tensor {name!r} the dtype {dtype!r}; it must be one of {', '.join(ITEM_BYTES)}")
+    if math.prod(shape) * ITEM_BYTES[dtype] > MOST_BYTES:
+        raise ValueError(f"gives tensor {name!r} the shape {shape}, more than {MOST_BYTES} bytes")
+    shards = []
+    for item in entry["shards"]:
+        box = Box(_numbers(item["offsets"], f"offsets of {name!r}"), _numbers(item["sizes"], f"sizes of {name!r}"))
+        shard = Shard(_file_name(item["file"]), box, _checksum(item["checksum"]))
+        inside = len(box.offsets) == len(box.sizes) == len(shape) and all(map(int.__le__, box.ends, shape))
+        if not inside or shard.file not in files or item["bytes"] != box.volume * ITEM_BYTES[dtype]:
+            raise ValueError(f"has a shard of tensor {name!r} outside of its shape {shape}, its bytes or the files")
+        shards.append(shard)
+    return Stored(dtype, shape, tuple(shards))
+
+
+def _whole_number(value: object, what: str, most: int) -> int:
+    if type(value) is not int or not 0 <= value <= most:
+        raise ValueError(f"has {what} {value!r}; it must be a whole number from 0 to {most}")
+    return value
+
+
+def _numbers(values: object, what: str) -> tuple[int, ...]:
+    if not isinstance(values, list) or len(values) > MOST_DIMS:
+        raise ValueError(f"has {what} {values!r:.80}; it must be a list of at most {MOST_DIMS} numbers")
+    return tuple(_whole_number(value, what, MOST_BYTES) for value in values)
+
+
+def _tensor_name(name: str) -> str:
+    if not 0 < len(name) <= MOST_NAME or not name.isprintable() or name == "__metadata__":
+        raise ValueError(f"has a tensor named {name!r:.80}; names are 1 to {MOST_NAME} printable characters")
+    return name
+
+
+def _file_name(name: object) -> str:
+    if not isinstance(name, str) or not re.fullmatch(r"rank-\d{5,9}\.safetensors", name):
+        raise ValueError(f"names a file {name!r:.80}; files are called rank-00000.safetensors and so on")
+    return name
+
+
+def _checksum(text: object) -> str:
+    if not isinstance(text, str) or not re.fullmatch(r"[0-9a-f]{32}", text):
+        raise ValueError(f"has a checksum {text!r:.80}; it must be 32 hexadecimal digits")
+    return text

@@ -1,0 +1,200 @@
+"""A run: the loop over steps, and what happens around it."""
+
+import argparse
+import secrets
+import time
+from dataclasses import asdict, dataclass, replace
+
+from armillary.comm.collectives import broadcast_text
+from armillary.parallel.mesh import Ranks, joined_ranks
+from armillary.train.build import build_model
+from armillary.train.checkpoint import Checkpointer
+from armillary.train.config import RunConfig, check_vocabulary, load_config
+from armillary.train.data import Batch, Dataset, held_out_batches, micro_batches, prepare
+from armillary.train.engine import Engine
+from armillary.train.failure import RunStopped
+from armillary.train.guard import Guard, Verdict
+from armillary.train.model_shape import num_parameters
+from armillary.train.observer import Observer
+from armillary.train.optim import build_optimizers
+from armillary.train.restore import load_state, newest_sound, own_state, shared_state
+from armillary.train.run_folder import RunFolder, create_run, open_run
+from armillary.train.schedule import learning_rate_ratio
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands. `cursor` counts sequences taken from the data: a roll-back moves `step` back, not it."""
+
+    step: int = 0
+    cursor: int = 0
+    tokens: int = 0
+
+
+class Trainer:
+    """Trains a model on the ranks it is given."""
+
+    def __init__(self, config: RunConfig, ranks: Ranks, folder: RunFolder, dataset: Dataset, attempt: str) -> None:
+        """
+        Args:
+            config: the resolved config.
+            ranks: the mesh of its plan.
+            folder: where the run lives.
+            dataset: prepared from `config.data`.
+            attempt: a name for this start of the run, the same on all ranks and unlike that of any other start.
+        """
+        self.config, self.ranks, self.folder, self.dataset = config, ranks, folder, dataset
+        self.model = build_model(config.model, config.optim.precision, ranks)
+        self.engine = Engine(self.model, ranks)
+        self.optimizers = build_optimizers(self.model, config.optim, group=ranks.data, ledger=ranks.ledger)
+        self.guard = Guard(config.guard)
+        self.observer = Observer(config, ranks, folder)
+        self.checkpointer = Checkpointer(
+            folder.checkpoints, config.checkpoint, ranks.rank, ranks.num_ranks, attempt, self.observer.note
+        )
+        self.progress = Progress()
+
+    def run(self) -> None:
+        """Trains to the last step, from the newest sound checkpoint or from the start."""
+        self.begin()
+        while self.progress.step < self.config.optim.steps:
+            self.train_step()
+            self.evaluate_if_due()
+            self.save_if_due()
+        self.checkpointer.wait()
+        if self.checkpointer.failure:
+            raise RunStopped(f"the last checkpoint could not be saved: {self.checkpointer.failure}")
+
+    def begin(self) -> None:
+        """Goes back to the newest sound checkpoint, if there is one."""
+        resumed = self.restore()
+        size = f"{num_parameters(self.config.model):,} parameters"
+        start = f"resumed at step {self.progress.step}" if resumed else f"{size} on {self.ranks.num_ranks} ranks"
+        self.observer.begin(self.progress.step, start)
+        if not resumed:
+            self.evaluate_if_due()
+
+    def train_step(self) -> None:
+        """One optimizer step, or none if the guard finds the loss or the gradient unsound."""
+        started = time.perf_counter()
+        ratio = learning_rate_ratio(self.config.optim, self.progress.step)
+        loss = self.engine.forward_backward(self.take_batches()).item()
+        norm = self.engine.gradient_norm()
+        verdict = self.guard.judge(loss, norm.item())
+        if verdict == "accept":
+            self.engine.clip(norm, self.config.optim.clip_norm)
+            self.optimizers.step(ratio)
+        self.optimizers.zero_grad()
+        rate = ratio * self.config.optim.learning_rate
+        self.observer.step(self.progress.step, self.progress.tokens, time.perf_counter() - started, loss, norm.item(), rate)
+        if verdict != "accept":
+            self.recover(verdict, loss, norm.item())
+
+    def take_batches(self) -> list[Batch]:
+        """This rank's micro-batches of the next step; moves `progress` on."""
+        size = self.config.data.batch_size
+        data = self.ranks.data
+        batches = micro_batches(
+            self.dataset, self.progress.cursor, size, self.config.optim.micro_batches, data.rank(), data.size()
+        )
+        tokens = self.progress.tokens + size * self.config.data.sequence_length
+        self.progress = Progress(self.progress.step + 1, self.progress.cursor + size, tokens)
+        return batches
+
+    def recover(self, verdict: Verdict, loss: float, norm: float) -> None:
+        """Does what the guard asks for after an unsound step."""
+        step = self.progress.step
+        explanation = self.guard.explain(verdict, step, loss, norm)
+        if verdict == "skip":
+            self.observer.event(step, "skip", explanation)
+            return
+        if verdict == "roll_back":
+            self.checkpointer.wait()
+            unsound = self.progress
+            if self.restore():
+                self.progress = replace(unsound, step=self.progress.step)
+                self.observer.event(step, "rollback", explanation, to_step=self.progress.step)
+                return
+            explanation += " There is no checkpoint to go back to; set checkpoint.every lower."
+        self.observer.event(step, "stop", explanation)
+        raise RunStopped(explanation)
+
+    def evaluate_if_due(self) -> None:
+        """Held-out loss and bits per byte, at the steps that the config says."""
+        settings, step = self.config.metrics, self.progress.step
+        if self.dataset.num_held_out == 0 or not settings.evaluation_due(step, self.config.optim.steps):
+            return
+        data = self.ranks.data
+        each = -(-self.config.data.batch_size // (data.size() * self.config.optim.micro_batches))
+        batches = held_out_batches(self.dataset, settings.evaluate_sequences, each, data.rank(), data.size())
+        self.observer.evaluation(step, *self.engine.evaluate(batches, self.dataset))
+
+    def save_if_due(self) -> None:
+        """Starts to write a checkpoint, at the steps that the config says and after the last."""
+        step, every = self.progress.step, self.config.checkpoint.every
+        if step == self.config.optim.steps or (every > 0 and step % every == 0):
+            facts = {
+                "progress": asdict(self.progress),
+                "guard": self.guard.state(),
+                "data": self.dataset.fingerprint,
+                "plan": str(self.config.plan),
+            }
+            self.checkpointer.save(step, shared_state(self.model, self.optimizers), own_state(), facts)
+
+    def restore(self) -> bool:
+        """Loads the newest sound checkpoint; False if there is none.
+
+        Raises:
+            ValueError: if it is of another model or another corpus.
+        """
+        path = newest_sound(self.folder.checkpoints, self.ranks, self.observer.note)
+        if path is None:
+            return False
+        facts = load_state(path, self.model, self.optimizers, self.ranks)
+        if facts["data"] != self.dataset.fingerprint:
+            raise ValueError(
+                f"{path}: was trained on other data than the config names (data.sources, data.tokenizer, "
+                "data.sequence_length, data.held_out or data.seed changed, or a file did); put the old ones back, or "
+                "start a new run"
+            )
+        self.progress = Progress(**facts["progress"])
+        self.guard.restore(facts["guard"])
+        return True
+
+
+def run_rank(options: argparse.Namespace) -> None:
+    """One rank of `python -m armillary.train`, from its command line to the end of the run."""
+    source = open_run(options.resume).config if options.resume else options.config
+    config = load_config(source, options.overrides, options.plan)
+    dataset = prepare(config.data, print)
+    check_vocabulary(config, dataset.vocab_size)
+    with joined_ranks(config.plan) as ranks:
+        folder = _agreed_folder(config, options, dataset, ranks)
+        trainer = Trainer(config, ranks, folder, dataset, _agree(secrets.token_hex(4), ranks))
+        ending, message = "failed", ""
+        try:
+            trainer.run()
+            ending = "finished"
+        except KeyboardInterrupt:
+            ending = "stopped"
+            raise
+        except Exception as error:
+            message = str(error)
+            raise
+        finally:
+            trainer.observer.close(ending, message)
+
+
+def _agreed_folder(config: RunConfig, options: argparse.Namespace, dataset: Dataset, ranks: Ranks) -> RunFolder:
+    """The run's folder, made by rank 0 where the run is new."""
+    if options.resume:
+        return open_run(options.resume)
+    made = ""
+    if ranks.rank == 0:
+        made = str(create_run(config, options.config, options.name, dataset.tokenizer).path)
+    return open_run(_agree(made, ranks))
+
+
+def _agree(text: str, ranks: Ranks) -> str:
+    """Rank 0's text, on every rank."""
+    return broadcast_text(text, group=ranks.everyone, ledger=ranks.ledger, purpose="setup", device=ranks.device)
