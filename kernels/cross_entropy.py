@@ -1,5 +1,6 @@
 """Output projection and cross entropy in one, without ever holding the logits of all tokens."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: 
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     if chunk is None:
         chunk = max(256, CHUNK_LOGITS.get(hidden.device.type, 2**20) // weight.shape[0])
-    return _LinearCrossEntropy.apply(hidden, weight, labels, chunk, torch.is_grad_enabled())  # type: ignore[no-any-return]
+    return _LinearCrossEntropy.apply(hidden, weight, labels, chunk, torch.is_grad_enabled())  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -42,19 +43,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if need_hidden else None
         d_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
         total = torch.zeros((), dtype=wide, device=hidden.device)
-        for start in range(0, hidden.shape[0], chunk):
-            rows = slice(start, start + chunk)
-            logs = torch.log_softmax(hidden[rows] @ weight.t(), dim=-1, dtype=wide)
-            picked = logs.gather(1, targets[rows])
-            total -= picked.masked_fill(ignored[rows], 0).sum()
+        # Kept from chunk to chunk: fresh memory costs the CPU as much as the softmax.
+        logits = torch.empty(min(chunk, hidden.shape[0]), weight.shape[0], dtype=hidden.dtype, device=hidden.device)
+        logs = torch.empty_like(logits, dtype=wide)
+        for x, target, skip, d_x in _chunks(chunk, hidden, targets, ignored, d_hidden):
+            torch.mm(x, weight.t(), out=logits[: len(x)])
+            torch.log_softmax(logits[: len(x)], dim=-1, dtype=wide, out=logs[: len(x)])
+            picked = logs[: len(x)].gather(1, target)
+            total -= picked.masked_fill(skip, 0).sum()
             if not (need_hidden or need_weight):
                 continue
             # The gradient of the logits: softmax, less one at the target.
-            slope = logs.exp_().scatter_(1, targets[rows], picked.exp() - 1).to(hidden.dtype)
-            if d_hidden is not None:
-                torch.mm(slope, weight, out=d_hidden[rows])
+            slope = logs[: len(x)].exp_().scatter_(1, target, picked.exp() - 1)
+            slope = slope if slope.dtype == x.dtype else logits[: len(x)].copy_(slope)
+            if d_x is not None:
+                torch.mm(slope, weight, out=d_x)
             if d_weight is not None:
-                _add_product(d_weight, slope.t(), hidden[rows])
+                _add_product(d_weight, slope.t(), x)
         ctx.save_for_backward(None if d_hidden is None else d_hidden.masked_fill_(ignored, 0), d_weight)
         ctx.weight_dtype = weight.dtype
         return total
@@ -78,3 +83,9 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left, right)
     else:
         total.add_(left @ right)
+
+
+def _chunks(size: int, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """Rows of all tensors, `size` at a time; None stays None."""
+    for start in range(0, len(tensors[0]), size):  # type: ignore[arg-type]
+        yield tuple(None if tensor is None else tensor[start : start + size] for tensor in tensors)

@@ -41,7 +41,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Returns x's dtype. The tables take no gradient. Source: Su et al. 2021; half-split pairs as in Hugging Face's Llama.
     """
-    return _Rotate.apply(x, cos, sin)  # type: ignore[no-any-return]
+    return _Rotate.apply(x, cos, sin)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Rotate(torch.autograd.Function):
@@ -59,8 +59,8 @@ class _Rotate(torch.autograd.Function):
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = (half.to(cos.dtype) for half in x.chunk(2, dim=-1))
-    out = torch.empty_like(x)
+    out = torch.empty_like(x, dtype=cos.dtype)
     out_first, out_second = out.chunk(2, dim=-1)
-    out_first.copy_((first * cos).addcmul_(second, sin, value=-1))
-    out_second.copy_((second * cos).addcmul_(first, sin))
-    return out
+    torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=out_second).addcmul_(first, sin)
+    return out.to(x.dtype)

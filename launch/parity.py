@@ -13,7 +13,9 @@ from armillary.train.failure import RunStopped
 from armillary.train.store import write_aside
 
 
-def prove(config_path: Path, overrides: Sequence[str], plan: str, steps: int, dtype: str, debug: bool) -> dict[str, Any]:
+def prove(
+    config_path: Path, overrides: Sequence[str], plan: str, steps: int, dtype: str, debug: bool
+) -> dict[str, Any]:
     """Runs both, prints and returns the errors.
 
     Returns the fields of `armillary parity --json`: `loss_error`, `gradient_error`, `parameter_error`, `worst_error`

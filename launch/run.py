@@ -14,9 +14,7 @@ from armillary.train.store import write_aside
 SAMPLE_TOKENS = 200
 
 
-def train(
-    config_path: Path | None, overrides: Sequence[str], plan: str, resume: str, name: str, debug: bool
-) -> int:
+def train(config_path: Path | None, overrides: Sequence[str], plan: str, resume: str, name: str, debug: bool) -> int:
     """Runs or resumes a run on this machine; returns the exit code.
 
     Everything that can be refused is refused here, before a rank starts or a folder is made.
@@ -28,7 +26,9 @@ def train(
     folder = old or create_run(config, config_path or "", name, dataset.tokenizer)
     changes = [part for text in overrides for part in ("--set", text)] if old else []
     arguments = ["--resume", str(folder.path), *changes, *(["--plan", plan] if old and plan else [])]
-    failure = start_ranks(config.plan.num_ranks, "armillary.train", [*arguments, *(["--debug"] if debug else [])], debug)
+    failure = start_ranks(
+        config.plan.num_ranks, "armillary.train", [*arguments, *(["--debug"] if debug else [])], debug
+    )
     if failure is None and config.metrics.sample_prompt:
         _write_sample(folder, config.metrics.sample_prompt)
     report = write_report(folder.path)

@@ -58,7 +58,7 @@ def _rank_main(path: str, name: str, rank: int, num_ranks: int, store: str, args
 def run(fn: Callable[..., Any], num_ranks: int, *args: Any) -> list[Any]:
     """Runs `fn(rank, *args)` on `num_ranks` fresh processes in one gloo group; returns what each rank returned.
 
-    `fn` is a module-level function; arguments and results must survive multiprocessing. Raises RankFailure as soon as
+    `fn` is a module-level function; arguments and results are plain Python or numpy. Raises RankFailure as soon as
     one rank fails, with every traceback that arrived, and stops the others.
     """
     context = multiprocessing.get_context("forkserver")

@@ -1,4 +1,4 @@
-"""Text from files, tokenised once and kept: sources, their documents, and the cache. Imports no torch.
+"""Text from files: sources, the documents in them, and these as one array of tokens on disk. Imports no torch.
 
 Plain text and JSON lines are read here, because an error must name the file and the line; what has a format of its own
 (Parquet, the hub) is read by `datasets`.
@@ -10,7 +10,6 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
 import sysconfig
 import time
@@ -28,10 +27,9 @@ from armillary.train.tokenizer import Tokenizer
 VERSION = 1
 """Changes when what is cached changes its meaning."""
 
-TEXT = frozenset(
-    ".txt .text .md .rst .tex .html .css .py .pyi .c .h .cc .cpp .hpp .cu .cuh .rs .go .java .js .ts .sh .sql .toml "
-    ".yaml .yml .ini".split()
-)
+PROSE = (".txt", ".text", ".md", ".rst", ".tex", ".html", ".css", ".sql", ".toml", ".yaml", ".yml", ".ini")
+CODE = (".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".cuh", ".rs", ".go", ".java", ".js", ".ts", ".sh")
+TEXT = frozenset((*PROSE, *CODE))
 """Suffixes of files that are one document each."""
 LINES = frozenset((".jsonl", ".ndjson", ".json"))
 """Suffixes of files with one JSON object a line; a .json may also be one list of objects."""
@@ -42,8 +40,9 @@ SKIPPED = frozenset(("site-packages", "dist-packages", "__pycache__", "test", "t
 
 CHUNK = 1 << 22
 """Characters that are tokenised at once."""
-HASHED_BYTES = 1 << 28
-"""Cached files up to this size are checked by their hash when they are opened, larger ones by their size alone."""
+
+ARRAYS = ("tokens.npy", "offsets.npy", "hashes.npy", "num_bytes.npy")
+"""Files of a corpus, in the order of Corpus's fields."""
 
 Report = Callable[[str], None]
 """Takes one line for the user."""
@@ -312,24 +311,24 @@ def sample(listing: Listing, held_out: float, num_bytes: int) -> list[str]:
     return texts
 
 
-def load_corpus(listing: Listing, tokenizer: Tokenizer, cache: Path, report: Report) -> Corpus:
-    """Opens a source's tokens, after tokenising it if the cache has no sound copy.
+def open_corpus(folder: Path, manifest: dict[str, Any]) -> Corpus:
+    """Opens what `tokenise` wrote.
+
+    Args:
+        manifest: with `files[name]["hash"]` of every file.
+    """
+    # As plain arrays, since indexing a memory map makes slow objects of its class.
+    arrays = (np.asarray(np.load(folder / name, mmap_mode="r", allow_pickle=False)) for name in ARRAYS)
+    tokens, offsets, hashes, num_bytes = arrays
+    return Corpus(tokens, offsets, hashes, num_bytes, digest([manifest["files"][name]["hash"] for name in ARRAYS]))
+
+
+def tokenise(listing: Listing, tokenizer: Tokenizer, folder: Path, report: Report) -> dict[str, Any]:
+    """Writes a source's tokens into an empty folder; returns facts about them.
 
     Raises:
         ValueError: if the source cannot be read or has no text.
-        OSError: if the cache cannot be written.
     """
-    folder = cache / "corpora" / digest(VERSION, listing.stamp, tokenizer.hash)
-    manifest = publish(folder, lambda temporary: _tokenise(listing, tokenizer, temporary, report), report)
-    arrays = [np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ARRAYS]
-    # As plain arrays, since indexing a memory map makes slow objects of its class.
-    return Corpus(*(np.asarray(a) for a in arrays), digest=digest([manifest["files"][f"{name}.npy"] for name in ARRAYS]))
-
-
-ARRAYS = ("tokens", "offsets", "hashes", "num_bytes")
-
-
-def _tokenise(listing: Listing, tokenizer: Tokenizer, folder: Path, report: Report) -> dict[str, Any]:
     began = said = time.monotonic()
     with open(folder / "tokens.npy", "wb") as file:
         writer = _Writer(file, tokenizer)
@@ -418,109 +417,3 @@ def pieces(text: str, size: int = CHUNK) -> Iterator[tuple[str, bool]]:
 def digest(*values: Any) -> str:
     """Hash of values that JSON can write."""
     return hashlib.blake2b(json.dumps(values).encode(), digest_size=16).hexdigest()
-
-
-def cache_folder(setting: str, report: Report) -> Path:
-    """`setting`, or else where caches belong on this machine, or else `.cache/armillary` here."""
-    if setting:
-        return Path(setting).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    usual = Path(os.environ.get("ARMILLARY_CACHE") or Path(base) / "armillary")
-    try:
-        usual.mkdir(parents=True, exist_ok=True)
-        if os.access(usual, os.W_OK):
-            return usual
-    except OSError:
-        pass
-    here = Path(".cache/armillary").absolute()
-    report(f"{usual} cannot be written; tokens are kept in {here} (ARMILLARY_CACHE or data.cache names another place)")
-    return here
-
-
-def publish(folder: Path, build: Callable[[Path], dict[str, Any]], report: Report) -> dict[str, Any]:
-    """The manifest of a finished folder, which is built first if it is missing or damaged.
-
-    Built aside under a lock and renamed, so that it is whole or absent, whoever is killed and however many build at
-    once. The manifest is what `build(folder)` returned, with size and hash of every file.
-
-    Raises:
-        OSError: if it cannot be written.
-    """
-    from filelock import FileLock, Timeout
-
-    if (folder / MANIFEST).is_file() and not isinstance(found := _check(folder), str):
-        return found
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.parent / f".{folder.name}.lock")
-        try:
-            lock.acquire(timeout=0.1)
-        except Timeout:
-            report(f"waiting for another process that prepares the same data in {folder.parent}")
-            lock.acquire()
-        try:
-            return _build(folder, build, report)
-        finally:
-            lock.release()
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"the data cache {folder.parent} cannot be written ({error.strerror}); make room there, or set data.cache "
-            "(or ARMILLARY_CACHE) to another folder",
-        ) from error
-
-
-MANIFEST = "manifest.json"
-
-
-def _build(folder: Path, build: Callable[[Path], dict[str, Any]], report: Report) -> dict[str, Any]:
-    """Under the lock: what was left half-made by a killed process is removed."""
-    if folder.exists():
-        found = _check(folder)
-        if not isinstance(found, str):
-            return found
-        report(f"{folder} is damaged ({found}); it is made again")
-        shutil.rmtree(folder)
-    for left in folder.parent.glob(f".{folder.name}.*.tmp"):
-        shutil.rmtree(left, ignore_errors=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir()
-        manifest = build(temporary)
-        files = sorted(temporary.iterdir())
-        manifest["files"] = {file.name: {"size": file.stat().st_size, "hash": _file_hash(file)} for file in files}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        for path in (*files, temporary / MANIFEST, temporary):
-            _sync(path)
-        os.rename(temporary, folder)
-        _sync(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return manifest
-
-
-def _check(folder: Path) -> dict[str, Any] | str:
-    """The manifest of a folder, or what is wrong with it."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        for name, fact in manifest["files"].items():
-            if (folder / name).stat().st_size != fact["size"]:
-                return f"{name} has another size"
-            if fact["size"] <= HASHED_BYTES and _file_hash(folder / name) != fact["hash"]:
-                return f"{name} has another hash"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return manifest
-
-
-def _file_hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

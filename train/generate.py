@@ -40,9 +40,7 @@ def generate(
     return tokenizer.decode(written)
 
 
-def generate_from_run(
-    run: str | Path, prompt: str, num_tokens: int, temperature: float = 0.8, seed: int = 0
-) -> str:
+def generate_from_run(run: str | Path, prompt: str, num_tokens: int, temperature: float = 0.8, seed: int = 0) -> str:
     """`generate` with a run's newest sound checkpoint.
 
     Raises:

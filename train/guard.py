@@ -44,8 +44,8 @@ class Guard:
     """Judges each step before its update.
 
     Accepted steps give the skips back, but not the roll-backs: weights that diverge again some steps after every
-    roll-back would otherwise go round for ever. For the same reason a roll-back leaves this object as it is;
-    `restore` is for a run that is resumed.
+    roll-back would otherwise go round for ever. For the same reason `restore` never lowers the count of roll-backs, so
+    that it may be called when a roll-back loads a checkpoint, which was written before.
     """
 
     def __init__(self, config: GuardConfig) -> None:
@@ -96,7 +96,7 @@ class Guard:
         return {"skips": self.skips, "rollbacks": self.rollbacks}
 
     def restore(self, state: Mapping[str, int]) -> None:
-        """Takes over what `state` gave.
+        """Takes over what `state` gave, but keeps the larger count of roll-backs.
 
         Raises:
             ValueError: if these are not two counts.
@@ -106,4 +106,4 @@ class Guard:
                 f"guard: the saved state is {dict(state)!r}, not counts of skips and rollbacks; "
                 "resume from another checkpoint"
             )
-        self.skips, self.rollbacks = state["skips"], state["rollbacks"]
+        self.skips, self.rollbacks = state["skips"], max(self.rollbacks, state["rollbacks"])

@@ -27,7 +27,7 @@ Row = dict[str, Any]
 Ending = Literal["finished", "stopped", "failed"]
 
 FILE = "metrics.jsonl"
-REWINDS = ("resume", "rollback", "roll_back")
+REWINDS = ("begin", "resume", "rollback")
 """Events after which later steps are done again."""
 NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -44,6 +44,8 @@ class MetricsConfig:
     """Steps from one evaluation on the held-out text to the next; 0 for before the first and after the last alone."""
     evaluate_sequences: int = field(default=64, metadata={"min": 0})
     """Held-out sequences of one evaluation; 0 for all."""
+    sample_prompt: str = "def "
+    """Text that the model continues when `armillary train` ends; an empty one for none."""
     wandb: Literal["offline", "online", "off"] = "offline"
     """Weights & Biases, where it is installed: into the run folder (`wandb sync` uploads it), to the server, or not."""
     tensorboard: bool = False
@@ -115,20 +117,16 @@ def _line(row: Row) -> bytes:
     return json.dumps(strict, allow_nan=False).encode() + b"\n"
 
 
-def _parse(line: bytes, place: str, before: Row) -> Row:
-    """The row on a line; of a line that is no row, an event that says so, at the step of the row before it."""
+def _parse(line: bytes) -> Row | None:
+    """The row on a line; None where the line is no row."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
-        row = None
-    if not isinstance(row, dict) or not isinstance(row.get("step"), int) or isinstance(row["step"], bool):
-        return {
-            "step": before["step"],
-            "time": before.get("time"),
-            "event": "unreadable",
-            "message": f"{place} is no row",
-        }
-    for key in [key for key in row if row[key] is None and row.get(f"{key}_text") in NOT_FINITE]:
+        return None
+    step = row.get("step") if isinstance(row, dict) else None
+    if type(step) is not int or not 0 <= step < 10**15 or not isinstance(row.get("event", ""), str):
+        return None
+    for key in [key for key in row if row[key] is None and str(row.get(f"{key}_text")) in NOT_FINITE]:
         row[key] = NOT_FINITE[row.pop(f"{key}_text")]
     return row
 
@@ -140,7 +138,11 @@ def read_metrics(path: Path) -> list[Row]:
     """
     rows: list[Row] = []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-        rows.append(_parse(line, f"line {number} of {path.name}", rows[-1] if rows else {"step": 0}))
+        row = _parse(line)
+        if row is None:
+            place = {"step": rows[-1]["step"], "time": rows[-1].get("time")} if rows else {"step": 0}
+            row = place | {"event": "unreadable", "message": f"line {number} of {path.name} is no row"}
+        rows.append(row)
     return rows
 
 
@@ -270,7 +272,7 @@ class Meter(NullMeter):
         self._send(step, values)
 
     def event(self, step: int, kind: str, message: str, **facts: Any) -> None:
-        """Append an event: "skip", "rollback" (with `to_step`), "resume" (at the step it resumes from), ...
+        """Append an event: "begin", "resume" (at the step it resumes from), "rollback" (with `to_step`), "skip", ...
 
         The sinks get the count of its kind since the meter was opened, as `ft/<kind>`.
         """

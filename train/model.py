@@ -149,14 +149,16 @@ class Transformer(nn.Module):
 
     def _shared(self, dtype: torch.dtype, places: Places) -> Shared:
         scaling = self.config.rope_scaling
+        # Where all rows are alike, one row of the tables serves them.
+        positions = places.positions[:1] if places.ordered else places.positions
         frequency = frequencies(
             self.config.head_size,
             self.config.rope_theta,
             None if scaling is None else dataclasses.astuple(scaling),
-            places.positions.device,
+            positions.device,
         )
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        return Shared(places, *tables(places.positions, frequency, wide))
+        return Shared(places, *tables(positions, frequency, wide))
 
 
 def _copy(parameter: nn.Parameter, full: Tensor) -> None:

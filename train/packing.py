@@ -134,11 +134,8 @@ def whole_parts(weights: Iterable[float]) -> list[int]:
     total = sum(wholes)
     if total <= MOST_PARTS:
         return wholes
-    shares = [Fraction(whole * MOST_PARTS, total) for whole in wholes]
-    rounded = [max(1, int(share)) for share in shares]
-    by_remainder = sorted(range(len(shares)), key=lambda i: (rounded[i] - shares[i], i))
-    for i in by_remainder[: max(0, MOST_PARTS - sum(rounded))]:
-        rounded[i] += 1
+    rounded = [max(1, whole * MOST_PARTS // total) for whole in wholes]
+    rounded[wholes.index(max(wholes))] += MOST_PARTS - sum(rounded)
     return rounded
 
 

@@ -128,7 +128,9 @@ def main() -> int:
         with joined_ranks(config.plan) as ranks:
             trace = trace_ranks(config, prepare(config.data, lambda _: None), steps, ranks)
             if ranks.rank == 0:
-                save_file({name: tensor.cpu().contiguous() for name, tensor in trace.items()}, folder / "trace.safetensors")
+                save_file(
+                    {name: tensor.cpu().contiguous() for name, tensor in trace.items()}, folder / "trace.safetensors"
+                )
 
     return guarded(run, debug=True)
 

@@ -51,7 +51,9 @@ def create_run(config: RunConfig, config_path: str | Path, name: str, tokenizer:
         ValueError: if the name is not one, or a run of that name exists.
     """
     if name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", name):
-        raise ValueError(f"--name {name!r}: use letters, digits, '.', '-' and '_' only, starting with a letter or digit")
+        raise ValueError(
+            f"--name {name!r}: use letters, digits, '.', '-' and '_' only, starting with a letter or digit"
+        )
     stamp = time.strftime(f"{Path(config_path).stem}-%Y%m%d-%H%M%S")
     path = _make_first([name] if name else [stamp, *(f"{stamp}-{number}" for number in range(2, 100))])
     folder = RunFolder(path)

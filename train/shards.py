@@ -1,14 +1,34 @@
-"""The geometry of shards: boxes inside a tensor, whether they tile it, and which of them a wanted box needs.
+"""Shards: boxes inside a tensor, whether they tile it, which a wanted box needs; and the manifest that lists them.
 
-Pure integers, no tensors. A box of a 0-d tensor has no offsets and holds one element.
+Pure numbers and bytes: no tensors, no files, no torch. A box of a 0-d tensor has no offsets and holds one element.
 """
 
+import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import xxhash
 
 T = TypeVar("T")
+
+FORMAT = 1
+ITEM_BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
+}
+"""Bytes of one element of each dtype, by safetensors' names."""
+MOST_BYTES = 1 << 50
+"""Of one tensor or file: what a manifest may claim before it is called damaged."""
+MOST_DIMS = 16
+MOST_NAME = 1000
+
+
+# ---- Boxes -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -87,6 +107,9 @@ def pieces(wanted: Box, shards: Iterable[tuple[T, Box]]) -> Iterator[tuple[T, Bo
             yield shard, part
 
 
+# ---- The manifest ----------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Shard:
     """The part of a tensor that one file holds, under the tensor's own name."""
@@ -140,6 +163,14 @@ class Manifest:
             for shard in sorted(stored.shards, key=lambda shard: shard.box.offsets)
         ]
         return xxhash.xxh3_128_hexdigest("\n".join(lines).encode())
+
+    def held_by(self) -> dict[str, list[tuple[str, Stored, Shard]]]:
+        """What each file holds: name, tensor and shard."""
+        held: dict[str, list[tuple[str, Stored, Shard]]] = {name: [] for name in self.files}
+        for name, stored in self.tensors.items():
+            for shard in stored.shards:
+                held[shard.file].append((name, stored, shard))
+        return held
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
@@ -241,32 +272,29 @@ def _parse_manifest(content: dict[str, Any]) -> Manifest:
     if content["format"] != FORMAT:
         raise ValueError(f"has format {content['format']!r}; this version of armillary reads format {FORMAT}")
     files = {
-        _file_name(name): StoredFile(_whole_number(entry["size"], "size", MOST_BYTES), _checksum(entry["header"]))
+        _file_name(name): StoredFile(whole_number(entry["size"], "size", MOST_BYTES), _checksum(entry["header"]))
         for name, entry in content["files"].items()
     }
-    tensors = {_tensor_name(name): _parse_stored(name, entry, files) for name, entry in content["tensors"].items()}
-    held = dict.fromkeys(files, 0)
-    for stored in tensors.values():
-        for shard in stored.shards:
-            held[shard.file] += stored.bytes_of(shard)
-    for name, file in files.items():
-        if held[name] + 8 > file.size:
-            raise ValueError(f"puts {held[name]} bytes of tensors into {name}, which has {file.size}")
+    tensors = {tensor_name(name): _parse_stored(name, entry, files) for name, entry in content["tensors"].items()}
     if not isinstance(content["facts"], dict):
         raise ValueError("has facts that are no table")
-    step, num_ranks = (_whole_number(content[key], key, 1 << 40) for key in ("step", "num_ranks"))
-    return Manifest(step, num_ranks, content["facts"], files, tensors)
+    step, num_ranks = (whole_number(content[key], key, 1 << 40) for key in ("step", "num_ranks"))
+    manifest = Manifest(step, num_ranks, content["facts"], files, tensors)
+    for name, held in manifest.held_by().items():
+        if (held_bytes := sum(stored.bytes_of(shard) for _, stored, shard in held)) > files[name].size:
+            raise ValueError(f"puts {held_bytes} bytes of tensors into {name}, which has {files[name].size}")
+    return manifest
 
 
 def _parse_stored(name: str, entry: dict[str, Any], files: Mapping[str, StoredFile]) -> Stored:
-    dtype, shape = entry["dtype"], _numbers(entry["shape"], f"shape of {name!r}")
+    dtype, shape = entry["dtype"], numbers(entry["shape"], f"shape of {name!r}")
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise ValueError(f"gives tensor {name!r} the dtype {dtype!r}; it must be one of {', '.join(ITEM_BYTES)}")
     if math.prod(shape) * ITEM_BYTES[dtype] > MOST_BYTES:
         raise ValueError(f"gives tensor {name!r} the shape {shape}, more than {MOST_BYTES} bytes")
     shards = []
     for item in entry["shards"]:
-        box = Box(_numbers(item["offsets"], f"offsets of {name!r}"), _numbers(item["sizes"], f"sizes of {name!r}"))
+        box = Box(numbers(item["offsets"], f"offsets of {name!r}"), numbers(item["sizes"], f"sizes of {name!r}"))
         shard = Shard(_file_name(item["file"]), box, _checksum(item["checksum"]))
         inside = len(box.offsets) == len(box.sizes) == len(shape) and all(map(int.__le__, box.ends, shape))
         if not inside or shard.file not in files or item["bytes"] != box.volume * ITEM_BYTES[dtype]:
@@ -275,19 +303,22 @@ def _parse_stored(name: str, entry: dict[str, Any], files: Mapping[str, StoredFi
     return Stored(dtype, shape, tuple(shards))
 
 
-def _whole_number(value: object, what: str, most: int) -> int:
+def whole_number(value: object, what: str, most: int) -> int:
+    """A number that was read from a file, within bounds; raises ValueError if it is not."""
     if type(value) is not int or not 0 <= value <= most:
         raise ValueError(f"has {what} {value!r}; it must be a whole number from 0 to {most}")
     return value
 
 
-def _numbers(values: object, what: str) -> tuple[int, ...]:
+def numbers(values: object, what: str) -> tuple[int, ...]:
+    """A shape or offsets that were read from a file, within bounds; raises ValueError if they are not."""
     if not isinstance(values, list) or len(values) > MOST_DIMS:
         raise ValueError(f"has {what} {values!r:.80}; it must be a list of at most {MOST_DIMS} numbers")
-    return tuple(_whole_number(value, what, MOST_BYTES) for value in values)
+    return tuple(whole_number(value, what, MOST_BYTES) for value in values)
 
 
-def _tensor_name(name: str) -> str:
+def tensor_name(name: str) -> str:
+    """`name`, if a tensor may be called so; raises ValueError if not."""
     if not 0 < len(name) <= MOST_NAME or not name.isprintable() or name == "__metadata__":
         raise ValueError(f"has a tensor named {name!r:.80}; names are 1 to {MOST_NAME} printable characters")
     return name

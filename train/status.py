@@ -34,12 +34,12 @@ def duration(seconds: float) -> str:
 
 def quantity(number: float) -> str:
     """A count in at most seven characters: 940, 4,532, 45.3k, 1.23M; digits enough to see it move."""
-    if not abs(number) < 999.5e12:
-        return f"{number:.1e}"
     if abs(number) < 9999.5:
         return f"{number:,.0f}"
-    scale, unit = next((s, u) for s, u in ((1e3, "k"), (1e6, "M"), (1e9, "G"), (1e12, "T")) if abs(number) < 999.5 * s)
-    return f"{number / scale:.3g}{unit}"
+    for power, unit in enumerate("kMGTPE", start=1):
+        if abs(number) < 999.5 * 1000**power:
+            return f"{number / 1000**power:.3g}{unit}"
+    return f"{number:.1e}"
 
 
 def _loss(value: float) -> str:

@@ -1,4 +1,4 @@
-"""How a checkpoint lies on disk: safe file writing, the manifest, and whether what is there can be believed.
+"""How a checkpoint lies on disk: writing files safely, finding checkpoints, and whether their bytes can be believed.
 
     checkpoints/step-00000100/rank-00000.safetensors ...   tensors, each rank's own shards
                               manifest.json                every tensor, shard, size and checksum, and the run's facts
@@ -17,8 +17,7 @@ import math
 import os
 import re
 import shutil
-import sys
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,24 +25,22 @@ from typing import Any, BinaryIO
 
 import xxhash
 
-from armillary.train.shards import Box, tiles
+from armillary.train.shards import (
+    ITEM_BYTES,
+    Manifest,
+    Shard,
+    Stored,
+    StoredFile,
+    decode_manifest,
+    few,
+    numbers,
+    untiled,
+)
 
-FORMAT = 1
-ITEM_BYTES = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
-    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
-    **dict.fromkeys(("U32", "I32", "F32"), 4),
-    **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
-}
-"""Bytes of one element of each dtype, by safetensors' names."""
-MOST_BYTES = 1 << 50
-"""Of one tensor or file: what a manifest may claim before it is called damaged."""
-MOST_DIMS = 16
-MOST_NAME = 1000
 MOST_HEADER_BYTES = 100_000_000
 """Safetensors' own bound."""
 MOST_MANIFEST_BYTES = 1 << 30
-CHUNK_BYTES = 1 << 22
+CHUNK_BYTES = 1 << 18
 
 _COMPLETE = re.compile(r"step-(\d{8,12})(\.old-[\w-]+)?")
 _UNFINISHED = re.compile(r"step-\d{8,12}\.tmp-(?P<attempt>\w+)-(?P<save>\d+)")
@@ -118,7 +115,7 @@ def safe_join(folder: Path, name: str) -> Path:
     return path
 
 
-# ---- Reading a checkpoint ---------------------------------------------------------------------------------------------
+# ---- Reading a checkpoint --------------------------------------------------------------------------------------------
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -178,8 +175,8 @@ def read_header(file: BinaryIO, size: int) -> tuple[dict[str, Entry], str]:
 
 
 def _entry(value: dict[str, Any], origin: int) -> Entry:
-    dtype, shape = value["dtype"], _numbers(value["shape"], "shape")
-    start, end = _numbers(value["data_offsets"], "offsets")
+    dtype, shape = value["dtype"], numbers(value["shape"], "shape")
+    start, end = numbers(value["data_offsets"], "offsets")
     if end - start != math.prod(shape) * ITEM_BYTES[dtype]:
         raise ValueError(f"{end - start} bytes for {dtype} {shape}")
     return Entry(dtype, shape, origin + start, end - start)
@@ -202,7 +199,7 @@ def checksum_of(file: BinaryIO, start: int, num_bytes: int) -> str | None:
 
 
 def verify(folder: Path, share: slice = slice(None)) -> list[str]:
-    """What is wrong with a checkpoint: a sentence for each problem, naming file and tensor; empty if every byte is right.
+    """What is wrong with a checkpoint: sentences that name file and tensor; none if every byte is as it was written.
 
     Args:
         folder: a `step-*` folder.
@@ -212,58 +209,44 @@ def verify(folder: Path, share: slice = slice(None)) -> list[str]:
         manifest = read_manifest(folder)
     except ValueError as error:
         return [str(error)]
+    held = manifest.held_by()
     problems: list[str] = []
     for name in sorted(manifest.files)[share]:
+        tensors = few([repr(tensor) for tensor, _, _ in held[name]], most=2) or "no tensors"
         try:
-            problems += verify_file(folder, name, manifest)
+            problems += verify_file(safe_join(folder, name), manifest.files[name], held[name])
+        except FileNotFoundError:
+            problems.append(f"{name} is missing; it held {tensors}")
         except (OSError, ValueError) as error:
-            problems.append(f"{name} (with {_tensors_in(name, manifest)}) cannot be read: {error}")
+            problems.append(f"{name}, which holds {tensors}, cannot be read: {error}")
     return problems
 
 
-def verify_file(folder: Path, name: str, manifest: Manifest) -> list[str]:
-    """`verify` for one safetensors file.
+def verify_file(path: Path, expected: StoredFile, held: Sequence[tuple[str, Stored, Shard]]) -> list[str]:
+    """`verify` for one file: `held` says what it must hold.
 
     Raises:
         OSError, ValueError: if the file or its header cannot be read at all.
     """
-    path, expected = safe_join(folder, name), manifest.files[name]
-    if not path.is_file():
-        return [f"{name} is missing; it held {_tensors_in(name, manifest)}"]
     problems = []
-    if path.stat().st_size != expected.size:
-        problems.append(
-            f"{name} (with {_tensors_in(name, manifest)}) has {path.stat().st_size} bytes; "
-            f"{expected.size} were written"
-        )
     with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != expected.size:
+            problems.append(f"{path.name} has {size} bytes; {expected.size} were written")
         entries, header = read_header(file, expected.size)
         if header != expected.header:
-            problems.append(f"{name} (with {_tensors_in(name, manifest)}): the checksum of its header differs")
-        for tensor, stored, shard in _shards_in(name, manifest):
-            entry = entries.get(tensor)
+            problems.append(f"{path.name}: the checksum of its header differs")
+        for name, stored, shard in held:
+            entry = entries.get(name)
             if entry is None or (entry.dtype, entry.shape) != (stored.dtype, shard.box.sizes):
-                problems.append(f"tensor {tensor!r} in {name}: the header of the file describes it otherwise")
+                problems.append(f"tensor {name!r} in {path.name}: the header of the file describes it otherwise")
                 continue
             found = checksum_of(file, entry.start, entry.num_bytes)
             if found is None:
-                problems.append(f"tensor {tensor!r} in {name}: the file ends before it is complete")
+                problems.append(f"tensor {name!r} in {path.name}: the file ends before it does")
             elif found != shard.checksum:
-                problems.append(f"tensor {tensor!r} in {name}: its checksum differs; bytes were changed on the disk")
+                problems.append(f"tensor {name!r} in {path.name}: its checksum differs; its bytes changed on the disk")
     return problems
-
-
-def _shards_in(name: str, manifest: Manifest) -> list[tuple[str, Stored, Shard]]:
-    return [
-        (tensor, stored, shard)
-        for tensor, stored in manifest.tensors.items()
-        for shard in stored.shards
-        if shard.file == name
-    ]
-
-
-def _tensors_in(name: str, manifest: Manifest) -> str:
-    return few([repr(tensor) for tensor, _, _ in _shards_in(name, manifest)], most=2) or "no tensors"
 
 
 # ---- The folder of checkpoints ---------------------------------------------------------------------------------------
@@ -348,6 +331,3 @@ def _step(folder: Path) -> int:
     match = _COMPLETE.fullmatch(folder.name)
     assert match is not None
     return int(match[1])
-
-
-assert sys.byteorder == "little", "safetensors files are little-endian, and so must be the machine"

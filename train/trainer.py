@@ -4,6 +4,7 @@ import argparse
 import secrets
 import time
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from armillary.comm.collectives import broadcast_text
 from armillary.parallel.mesh import Ranks, joined_ranks
@@ -67,11 +68,13 @@ class Trainer:
 
     def begin(self) -> None:
         """Goes back to the newest sound checkpoint, if there is one."""
-        resumed = self.restore()
+        facts = self.restore()
+        if facts is not None:
+            self.guard.restore(facts["guard"])
         size = f"{num_parameters(self.config.model):,} parameters"
-        start = f"resumed at step {self.progress.step}" if resumed else f"{size} on {self.ranks.num_ranks} ranks"
+        start = f"resumed at step {self.progress.step}" if facts else f"{size} on {self.ranks.num_ranks} ranks"
         self.observer.begin(self.progress.step, start)
-        if not resumed:
+        if facts is None:
             self.evaluate_if_due()
 
     def train_step(self) -> None:
@@ -86,7 +89,9 @@ class Trainer:
             self.optimizers.step(ratio)
         self.optimizers.zero_grad()
         rate = ratio * self.config.optim.learning_rate
-        self.observer.step(self.progress.step, self.progress.tokens, time.perf_counter() - started, loss, norm.item(), rate)
+        self.observer.step(
+            self.progress.step, self.progress.tokens, time.perf_counter() - started, loss, norm.item(), rate
+        )
         if verdict != "accept":
             self.recover(verdict, loss, norm.item())
 
@@ -111,7 +116,7 @@ class Trainer:
         if verdict == "roll_back":
             self.checkpointer.wait()
             unsound = self.progress
-            if self.restore():
+            if self.restore() is not None:
                 self.progress = replace(unsound, step=self.progress.step)
                 self.observer.event(step, "rollback", explanation, to_step=self.progress.step)
                 return
@@ -141,15 +146,19 @@ class Trainer:
             }
             self.checkpointer.save(step, shared_state(self.model, self.optimizers), own_state(), facts)
 
-    def restore(self) -> bool:
-        """Loads the newest sound checkpoint; False if there is none.
+    def restore(self) -> dict[str, Any] | None:
+        """Loads the newest sound checkpoint and returns the facts saved with it; None if there is none.
 
         Raises:
             ValueError: if it is of another model or another corpus.
         """
-        path = newest_sound(self.folder.checkpoints, self.ranks, self.observer.note)
+        path = newest_sound(
+            self.folder.checkpoints,
+            self.ranks,
+            lambda message: self.observer.event(self.progress.step, "damaged", message),
+        )
         if path is None:
-            return False
+            return None
         facts = load_state(path, self.model, self.optimizers, self.ranks)
         if facts["data"] != self.dataset.fingerprint:
             raise ValueError(
@@ -158,8 +167,7 @@ class Trainer:
                 "start a new run"
             )
         self.progress = Progress(**facts["progress"])
-        self.guard.restore(facts["guard"])
-        return True
+        return facts
 
 
 def run_rank(options: argparse.Namespace) -> None:

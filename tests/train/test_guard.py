@@ -72,6 +72,16 @@ def test_a_restored_guard_goes_on_as_the_first_would(before: str, after: str) ->
     assert judge_all(resumed, after) == judge_all(guard, after)
 
 
+def test_loading_the_checkpoint_of_a_roll_back_does_not_refill_the_budget() -> None:
+    guard = Guard(GuardConfig(max_skips=0, max_rollbacks=2))
+    checkpoint = guard.state()
+    verdicts = []
+    for _ in range(3):
+        verdicts += judge_all(guard, ".x")
+        guard.restore(checkpoint)
+    assert verdicts == ["accept", "roll_back", "accept", "roll_back", "accept", "stop"]
+
+
 @pytest.mark.parametrize(
     "state",
     [{}, {"skips": 1}, {"skips": 1, "rollbacks": -1}, {"skips": 1.5, "rollbacks": 0}, {"skips": True, "rollbacks": 0}],

@@ -1,0 +1,65 @@
+"""Sharded over any number of ranks, a model has the gradients of one process, and moves the bytes of the formula."""
+
+import pytest
+import torch
+
+from armillary.comm.ledger import Ledger
+from armillary.parallel.mesh import make_ranks
+from armillary.parallel.partition import whole
+from armillary.parallel.plan import Plan
+from armillary.train.build import build_model
+from armillary.train.model import Transformer, initialise
+from armillary.train.model_shape import ModelConfig
+
+# Rows that 2, 3 and 4 ranks do not divide: 101 embeddings, 42 channels, 6 key and value channels.
+SHAPE = ModelConfig(dim=42, num_layers=2, num_heads=7, num_kv_heads=1, vocab_size=101, qkv_bias=True, ffn_dim=33)
+LENGTH = 9
+
+
+def sharded_step(rank: int, num_ranks: int, num_micro_batches: int) -> tuple[float, dict[str, int], int]:
+    ranks = make_ranks(Plan(dp=num_ranks), torch.device("cpu"))
+    model = build_model(SHAPE, "float64", ranks)
+    one = Transformer(SHAPE).double()
+    initialise(one, SHAPE.seed)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, SHAPE.vocab_size, (num_ranks * num_micro_batches, LENGTH + 1), generator=generator)
+    total = num_ranks * num_micro_batches * LENGTH
+    for micro in range(num_micro_batches):
+        row = tokens[rank * num_micro_batches + micro][None]
+        if num_ranks > 1:
+            model.set_requires_gradient_sync(micro == num_micro_batches - 1)
+        (model(row[:, :-1], labels=row[:, 1:]) / total).backward()
+    (one(tokens[:, :-1], labels=tokens[:, 1:]) / total).backward()
+    moved = ranks.ledger.by_purpose()
+
+    worst = 0.0
+    check = {"group": ranks.data, "ledger": Ledger(), "purpose": "test"}
+    for (name, mine), (other, expected) in zip(model.named_parameters(), one.named_parameters(), strict=True):
+        assert name == other
+        assert torch.equal(whole(mine.detach(), **check), expected.detach()), name
+        difference = (whole(mine.grad, **check) - expected.grad).abs().max()
+        worst = max(worst, float(difference / expected.grad.abs().max()))
+    return worst, moved, predicted_bytes(one, num_ranks, num_micro_batches)
+
+
+def predicted_bytes(model: Transformer, num_ranks: int, num_micro_batches: int) -> tuple[int, int]:
+    """Bytes a rank sends: float64 weights gathered for forward and backward, gradients scattered once."""
+
+    def padded(module: torch.nn.Module) -> int:
+        rows = [(-(-p.shape[0] // num_ranks), p[0].numel()) for p in module.parameters()]
+        return sum(count * width for count, width in rows) * 8 * (num_ranks - 1)
+
+    blocks = sum(padded(block) for block in model.blocks)
+    root = padded(torch.nn.ModuleList([model.embedding, model.norm]))
+    # A block is gathered in each forward and again in each backward; the root stays gathered between the two.
+    return (2 * blocks + root) * num_micro_batches, blocks + root
+
+
+@pytest.mark.parametrize(("num_ranks", "num_micro_batches"), [(1, 1), (2, 1), (3, 2), (4, 1), (5, 1)])
+def test_gradients_and_bytes(world, num_ranks, num_micro_batches):
+    for worst, moved, (weights, gradients) in world(sharded_step, num_ranks, num_ranks, num_micro_batches):
+        assert worst < 1e-12
+        if num_ranks > 1:
+            assert moved == {"weights": weights, "gradients": gradients}
+        else:
+            assert moved == {}

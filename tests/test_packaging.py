@@ -1,0 +1,57 @@
+"""The wheel holds exactly the tree, and works when installed elsewhere."""
+
+import os
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOMS = ["kernels", "comm", "parallel", "train", "launch"]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    (found,) = folder.glob("armillary-*.whl")
+    return found
+
+
+def test_every_room_is_listed():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    nested = [p.parent.relative_to(ROOT) for room in ROOMS for p in (ROOT / room).glob("**/*.py")]
+    assert sorted(listed) == sorted({f"armillary.{'.'.join(folder.parts)}" for folder in nested})
+
+
+def test_the_links_for_type_checkers_are_the_rooms():
+    links = {link.name: link.resolve() for link in (ROOT / ".pkg/armillary").iterdir()}
+    assert links == {room: ROOT / room for room in ROOMS}
+
+
+@pytest.mark.slow
+def test_the_wheel_is_the_tree(wheel):
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    tree = {f"armillary/{p.relative_to(ROOT)}" for room in ROOMS for p in (ROOT / room).glob("**/*.py")}
+    assert held == tree
+
+
+@pytest.mark.slow
+def test_the_wheel_works_elsewhere(wheel, tmp_path):
+    target = tmp_path / "site"
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target)]
+    subprocess.run([*install, str(wheel)], check=True, capture_output=True)
+    code = (
+        "import armillary.train.config as c, armillary.launch.cli; "
+        f"assert c.__file__.startswith({str(target)!r}), c.__file__; print('ok')"
+    )
+    # -P keeps the repository out of the path; the target comes before the editable install.
+    environment = os.environ | {"PYTHONPATH": str(target)}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert done.stdout.strip() == "ok"

@@ -1,0 +1,115 @@
+"""Configs: merged, overridden, refused with every mistake at once, and the same after a round trip."""
+
+import subprocess
+import sys
+
+import pytest
+
+from armillary.train.config import ConfigError, RunConfig, check_vocabulary, dump_config, load_config
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+def test_defaults_survive_a_round_trip(tmp_path):
+    config = load_config(write(tmp_path / "a.toml", ""))
+    assert config == RunConfig()
+    assert load_config(write(tmp_path / "b.toml", dump_config(config))) == config
+
+
+def test_optional_tables_and_lists_survive_a_round_trip(tmp_path):
+    text = """
+    [model.rope_scaling]
+    factor = 4.0
+    [[data.sources]]
+    path = "a.txt"
+    weight = 2.5
+    [[data.sources]]
+    path = "stdlib"
+    """
+    config = load_config(write(tmp_path / "a.toml", text))
+    assert config.model.rope_scaling is not None
+    assert [source.weight for source in config.data.sources] == [2.5, 1.0]
+    assert load_config(write(tmp_path / "b.toml", dump_config(config))) == config
+
+
+def test_a_file_extends_others_and_the_command_line_comes_last(tmp_path):
+    (tmp_path / "models").mkdir()
+    write(tmp_path / "models/m.toml", "[model]\ndim = 64\nnum_layers = 3\n")
+    write(tmp_path / "base.toml", 'extends = "models/m.toml"\n[optim]\nsteps = 7\n')
+    path = write(tmp_path / "a.toml", 'extends = ["base.toml"]\n[model]\nnum_layers = 2\n')
+    config = load_config(path, ["optim.learning_rate=1e-2", "data.tokenizer=bytes"], "dp=3")
+    assert (config.model.dim, config.model.num_layers, config.optim.steps) == (64, 2, 7)
+    assert (config.optim.learning_rate, config.data.tokenizer, config.plan.dp) == (0.01, "bytes", 3)
+
+
+def test_every_mistake_is_told_at_once_with_its_place(tmp_path):
+    base = write(tmp_path / "base.toml", "[model]\nnum_layer = 2\n")
+    path = write(tmp_path / "a.toml", 'extends = "base.toml"\n[optim]\nsteps = "many"\nlearning_rate = 0.1\n[modle]\n')
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ["metrics.wandb=sometimes"])
+    lines = sorted(str(caught.value).splitlines())
+    assert lines == sorted(
+        [
+            f"{base}: model.num_layer: unknown key; did you mean model.num_layers?",
+            f"{path}: optim.steps: should be a valid integer; it is 'many'",
+            f"{path}: modle: unknown key; did you mean model?",
+            "--set: metrics.wandb: should be 'offline', 'online' or 'off'; it is 'sometimes'",
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[optim]\nsteps = 0", "optim.steps: must be at least 1; it is 0"),
+        ("[optim]\nlearning_rate = nan", "optim.learning_rate: must be greater than 0; it is nan"),
+        ("[model]\ndim = 30\nnum_heads = 4", "model.num_heads: must divide model.dim = 30, or set model.head_dim"),
+        ("[model]\nnum_kv_heads = 3", "model.num_kv_heads: must divide model.num_heads = 8"),
+        ("[model]\ndim = 1.5", "model.dim: should be a valid integer"),
+        ("[model]\ntie_embeddings = 1", "model.tie_embeddings: should be a valid boolean; it is 1"),
+        ("[plan]\nzz = 2", "plan.zz: unknown key; allowed here: dp"),
+        ("[model]\nrope_scaling = 3", "model.rope_scaling: "),
+        ('[[data.sources]]\npath = "x"\nwieght = 2', "data.sources[0].wieght: unknown key; did you mean"),
+        ("data = 3", "data: "),
+        ("[model\n", "is not valid TOML"),
+    ],
+)
+def test_a_mistake_names_its_key(tmp_path, text, message):
+    path = write(tmp_path / "a.toml", text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert message in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_missing_file_names_the_nearest(tmp_path):
+    write(tmp_path / "demo.toml", "")
+    with pytest.raises(ConfigError, match=r"no such config file; did you mean .*demo\.toml\?"):
+        load_config(tmp_path / "dmo.toml")
+
+
+@pytest.mark.parametrize("text", ["optim.steps", "=3", "optim..steps=3"])
+def test_a_malformed_override_is_refused(tmp_path, text):
+    with pytest.raises(ConfigError, match=r"write it as section\.key=value"):
+        load_config(write(tmp_path / "a.toml", ""), [text])
+
+
+def test_a_file_that_extends_itself_is_refused(tmp_path):
+    path = write(tmp_path / "a.toml", 'extends = "b.toml"')
+    write(tmp_path / "b.toml", 'extends = "a.toml"')
+    with pytest.raises(ConfigError, match="extends itself"):
+        load_config(path)
+
+
+def test_a_vocabulary_too_small_is_refused():
+    with pytest.raises(ValueError, match=r"model\.vocab_size: 4096 is too small .* set model\.vocab_size = 5000"):
+        check_vocabulary(RunConfig(), 5000)
+
+
+def test_no_torch_is_imported():
+    code = "import sys, armillary.train.config, armillary.launch.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,238 @@
+"""A whole run on real ranks: it learns, resumes bit for bit, crosses rank numbers, and recovers from bad steps."""
+
+import argparse
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from armillary.parallel.mesh import make_ranks
+from armillary.train import trainer as trainer_module
+from armillary.train.config import RunConfig, load_config
+from armillary.train.data import prepare
+from armillary.train.failure import RunStopped
+from armillary.train.metrics import latest_per_step, read_metrics
+from armillary.train.run_folder import create_run, open_run
+from armillary.train.store import complete, read_manifest
+from armillary.train.trainer import Trainer
+
+CONFIG = """
+[model]
+dim = 24
+num_layers = 2
+num_heads = 3
+vocab_size = 257
+[data]
+sequence_length = 32
+batch_size = 6
+tokenizer = "bytes"
+held_out = 0.2
+sources = [{path = "text"}]
+cache = "cache"
+[optim]
+steps = 8
+learning_rate = 1e-2
+precision = "float32"
+[checkpoint]
+every = 2
+[metrics]
+wandb = "off"
+evaluate_sequences = 4
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with a config and twenty short documents, as the working directory."""
+    (tmp_path / "text").mkdir()
+    for number in range(20):
+        (tmp_path / f"text/{number}.txt").write_text(
+            f"document {number}: " + "the quick brown fox. " * (number % 5 + 1)
+        )
+    (tmp_path / "run.toml").write_text(CONFIG)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def make_trainer(rank: int, config: RunConfig, run: str) -> Trainer:
+    ranks = make_ranks(config.plan, torch.device("cpu"))
+    dataset = prepare(config.data)
+    if rank == 0 and not Path("runs", run).exists():
+        create_run(config, "run.toml", run, dataset.tokenizer)
+    torch.distributed.barrier()
+    return Trainer(config, ranks, open_run(run), dataset, "test")
+
+
+def train(rank: int, folder: Path, run: str, overrides: list[str], stop_at: int | None = None) -> None:
+    """Runs to the end, or leaves without a word after `stop_at` steps, as a killed run does."""
+    os.chdir(folder)
+    config = load_config("run.toml", overrides)
+    trainer = make_trainer(rank, config, run)
+    if stop_at is None:
+        trainer.run()
+    else:
+        trainer.begin()
+        while trainer.progress.step < stop_at:
+            trainer.train_step()
+            trainer.save_if_due()
+        trainer.checkpointer.wait()
+        torch.distributed.barrier()
+    trainer.observer.close("finished")
+
+
+def weights(run: str) -> str:
+    return read_manifest(complete(Path("runs", run, "checkpoints"))[0]).weights
+
+
+def losses(run: str) -> dict[int, float]:
+    rows = latest_per_step(read_metrics(Path("runs", run, "metrics.jsonl")))
+    return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
+
+
+def test_a_run_learns_and_leaves_its_files(world, folder):
+    world(train, 2, folder, "a", ["plan.dp=2", "optim.steps=20"])
+    rows = latest_per_step(read_metrics(Path("runs/a/metrics.jsonl")))
+    found = losses("a")
+    assert sorted(found) == list(range(1, 21))
+    assert found[1] == pytest.approx(math.log(257), rel=0.02)
+    assert found[20] < 0.7 * found[1]
+    held_out = [row["eval/loss"] for row in rows if "eval/loss" in row]
+    assert held_out[-1] < 0.8 * held_out[0]
+    assert rows[-1]["comm/bytes_weights"] > 0
+    assert [path.name for path in complete(Path("runs/a/checkpoints"))] == ["step-00000020", "step-00000018"]
+    assert load_config("runs/a/config.toml") == load_config("run.toml", ["plan.dp=2", "optim.steps=20"])
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_a_resumed_run_is_the_unbroken_run_bit_for_bit(world, folder, kind, num_ranks):
+    overrides = [f"plan.dp={num_ranks}", f"optim.kind={kind}"]
+    world(train, num_ranks, folder, "whole", overrides)
+    world(train, num_ranks, folder, "broken", overrides, 5)
+    world(train, num_ranks, folder, "broken", overrides)
+    assert weights("broken") == weights("whole")
+    assert losses("broken") == losses("whole")
+
+
+def test_a_run_crosses_to_other_numbers_of_ranks(world, folder):
+    world(train, 3, folder, "whole", ["plan.dp=3"])
+    for stop_at, num_ranks in ((3, 3), (5, 1), (7, 2), (None, 4)):
+        world(train, num_ranks, folder, "moved", [f"plan.dp={num_ranks}"], stop_at)
+    expected, found = losses("whole"), losses("moved")
+    assert found.keys() == expected.keys()
+    assert all(found[step] == pytest.approx(expected[step], rel=1e-5) for step in expected)
+
+
+def poisoned(rank: int, folder: Path, run: str, bad_steps: dict[int, int]) -> list[str]:
+    """Trains with a loss that is not a number at some steps: how often each is still to be hit."""
+    os.chdir(folder)
+    config = load_config("run.toml", ["plan.dp=2", "guard.max_skips=1"])
+    trainer = make_trainer(rank, config, run)
+    honest = trainer.engine.forward_backward
+
+    def forward_backward(batches):
+        loss = honest(batches)
+        if bad_steps.get(trainer.progress.step, 0) > 0:
+            bad_steps[trainer.progress.step] -= 1
+            for parameter in trainer.model.parameters():
+                parameter.grad.to_local().fill_(math.nan)
+        return loss
+
+    trainer.engine.forward_backward = forward_backward
+    before = []
+    try:
+        trainer.run()
+    except RunStopped as stop:
+        before.append(str(stop))
+    trainer.observer.close("finished")
+    assert all(torch.isfinite(parameter.to_local()).all() for parameter in trainer.model.parameters())
+    return [*before, json.dumps([trainer.progress.step, trainer.progress.cursor])]
+
+
+def events(run: str) -> list[tuple[str, int]]:
+    rows = read_metrics(Path("runs", run, "metrics.jsonl"))
+    kinds = ("skip", "rollback", "stop")
+    return [(row["event"], row["step"]) for row in rows if row.get("event") in kinds]
+
+
+def test_one_bad_step_is_skipped(world, folder):
+    (end, _) = world(poisoned, 2, folder, "a", {3: 1})
+    assert events("a") == [("skip", 3)]
+    assert json.loads(end[-1]) == [8, 48]
+
+
+def test_repeated_bad_steps_roll_back_and_leave_their_batches_out(world, folder):
+    (end, _) = world(poisoned, 2, folder, "a", {3: 1, 4: 1})
+    assert events("a") == [("skip", 3), ("rollback", 4)]
+    # Two steps are done again, with batches that come after the bad ones.
+    assert json.loads(end[-1]) == [8, 60]
+    assert sorted(losses("a")) == list(range(1, 9))
+
+
+def test_a_run_that_stays_bad_stops_and_says_so(world, folder):
+    (end, _) = world(poisoned, 2, folder, "a", dict.fromkeys(range(3, 9), 99))
+    assert [kind for kind, _ in events("a")] == ["skip", "rollback", "skip", "stop"]
+    assert "roll-backs are used up" in end[0]
+
+
+def test_without_a_checkpoint_there_is_no_way_back(world, folder):
+    (end, _) = world(poisoned, 2, folder, "a", {1: 1, 2: 1})
+    assert [kind for kind, _ in events("a")] == ["skip", "stop"]
+    assert "no checkpoint to go back to" in end[0]
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def test_a_flipped_bit_is_named_and_the_checkpoint_before_is_used(world, folder):
+    world(train, 2, folder, "whole", ["plan.dp=2"])
+    world(train, 2, folder, "broken", ["plan.dp=2"], 6)
+    flip_a_bit(Path("runs/broken/checkpoints/step-00000006/rank-00001.safetensors"))
+    world(train, 2, folder, "broken", ["plan.dp=2"])
+    told = {row["event"]: row for row in read_metrics(Path("runs/broken/metrics.jsonl")) if "event" in row}
+    assert "step-00000006 is not sound and is passed over" in told["damaged"]["message"]
+    assert "rank-00001.safetensors" in told["damaged"]["message"]
+    assert told["resume"]["step"] == 4
+    assert weights("broken") == weights("whole")
+
+
+def refused(rank: int, folder: Path, overrides: list[str]) -> str:
+    os.chdir(folder)
+    config = load_config("run.toml", overrides)
+    try:
+        make_trainer(rank, config, "a").run()
+    except ValueError as error:
+        return str(error)
+    return "accepted"
+
+
+def test_a_checkpoint_of_another_model_or_corpus_is_refused(world, folder):
+    world(train, 1, folder, "a", [])
+    (message,) = world(refused, 1, folder, ["model.num_layers=1"])
+    assert "is not of this model" in message
+    (message,) = world(refused, 1, folder, ["data.seed=5"])
+    assert "other data than the config names" in message
+    (message,) = world(refused, 1, folder, ["optim.steps=9"])
+    assert message == "accepted"
+
+
+def test_the_labels_without_a_loss_are_the_same_everywhere():
+    from armillary.kernels import cross_entropy
+    from armillary.train import packing
+
+    assert packing.IGNORE == cross_entropy.IGNORE
+
+
+def test_command_line_options_reach_the_trainer(folder, monkeypatch):
+    """`run_rank` on one process: a new run, then a resume that needs nothing else."""
+    options = {"overrides": ["optim.steps=2"], "plan": "", "debug": False}
+    trainer_module.run_rank(argparse.Namespace(config="run.toml", resume="", name="one", **options))
+    trainer_module.run_rank(argparse.Namespace(config="", resume="one", name="", **options | {"overrides": []}))
+    assert complete(Path("runs/one/checkpoints"))[0].name == "step-00000002"
+    assert "finished" in Path("runs/one/metrics.jsonl").read_text()

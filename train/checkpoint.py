@@ -1,0 +1,498 @@
+"""Saving a run's state in the background, and loading it on any number of ranks.
+
+Saving: `Checkpointer.save` copies the state into host memory, the only stall; a thread of each rank then writes that
+rank's shards, reads them back, and describes them in a part file; rank 0's thread waits for every part, merges them
+into the manifest and publishes the folder (train/store.py has the layout). The threads meet in the file system alone:
+no collective runs beside the training. A rank that fails removes its data and leaves its reason for rank 0, which then
+removes the folder; older checkpoints stay, and training goes on.
+
+Loading: `load` fills tensors in place and reads only the pieces that this rank holds; there is no other way to load,
+so a run on the same ranks is the simplest case of resharding. (torch's DCP would do this too, but its planner sends
+pickled objects between ranks and its metadata is a pickle.)
+"""
+
+import errno
+import json
+import math
+import os
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from armillary.train.shards import (
+    Box,
+    Manifest,
+    Shard,
+    Stored,
+    StoredFile,
+    decode_manifest,
+    encode_manifest,
+    few,
+    merge_parts,
+    pieces,
+    tensor_name,
+    whole,
+)
+from armillary.train.store import (
+    CheckpointConfig,
+    prune,
+    publish,
+    read_header,
+    read_manifest,
+    safe_join,
+    step_name,
+    sweep,
+    sync_folder,
+    verify,
+    verify_file,
+    write_aside,
+)
+
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+"""By safetensors' names."""
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+# ---- What a rank holds of a tensor -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Local:
+    """This rank's part of a tensor: where it lies in the whole, its data, and whether this rank writes it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    box: Box
+    data: Tensor
+    writes: bool
+
+
+def local_part(name: str, tensor: Tensor, rank: int) -> Local:
+    """This rank's part of a tensor: a DTensor's local shard, or the whole of a plain one.
+
+    Of the ranks that hold the same shard, the one at coordinate 0 of the replicated mesh axes writes it; a plain
+    tensor, which is the same on all ranks, rank 0.
+
+    Raises:
+        ValueError: if the tensor's dtype, or the way it is sharded, cannot be stored.
+    """
+    if tensor.dtype not in DTYPE_NAMES:
+        raise ValueError(f"tensor {name!r} is {tensor.dtype}; a checkpoint can hold {', '.join(map(str, DTYPE_NAMES))}")
+    dtype, shape = DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)
+    with torch.no_grad():
+        if not isinstance(tensor, DTensor):
+            return Local(dtype, shape, whole(shape), tensor.detach(), rank == 0)
+        coordinate = tensor.device_mesh.get_coordinate()
+        data = tensor.to_local()
+    if coordinate is None:
+        return Local(dtype, shape, Box((0,) * len(shape), (0,) * len(shape)), data, False)
+    _check_placements(name, tensor)
+    sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    assert tuple(data.shape) == tuple(sizes), f"{name}: local shape {tuple(data.shape)}, by its placements {sizes}"
+    replicas = [index for index, place in zip(coordinate, tensor.placements, strict=True) if place.is_replicate()]
+    return Local(dtype, shape, Box(tuple(offsets), tuple(sizes)), data, not any(replicas))
+
+
+def _check_placements(name: str, tensor: DTensor) -> None:
+    """Refuses what is no box: partial sums, and strided shards (FSDP over tensor parallelism) that divide unevenly."""
+    mesh: DeviceMesh = tensor.device_mesh
+    dims = [getattr(place, "dim", -1) for place in tensor.placements]
+    for axis, place in enumerate(tensor.placements):
+        if place.is_partial():
+            raise ValueError(f"tensor {name!r} is a partial sum on each rank; reduce it before it is saved or loaded")
+        stride = getattr(place, "split_factor", 1)
+        inner = math.prod(mesh.size(a) for a in range(axis + 1, mesh.ndim) if dims[a] == dims[axis])
+        outer = math.prod(mesh.size(a) for a in range(axis + 1) if dims[a] == dims[axis])
+        if stride > 1 and (stride != inner or tensor.shape[dims[axis]] % (outer * inner)):
+            raise ValueError(
+                f"tensor {name!r} {tuple(tensor.shape)}, sharded as {tensor.placements} on a mesh {tuple(mesh.shape)}, "
+                f"gives a rank rows that do not touch; choose degrees whose product divides its dim {dims[axis]}"
+            )
+
+
+# ---- Saving ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What one rank is about to write: every tensor it knows of, and the data of those it writes, in host memory."""
+
+    step: int
+    number: int
+    folder: Path
+    locals: Mapping[str, Local]
+    data: Mapping[str, Tensor]
+    facts: Mapping[str, Any]
+
+
+class Checkpointer:
+    """Writes a rank's share of checkpoints in a thread. Every rank makes one, and saves at the same steps.
+
+    Args:
+        folder: `checkpoints/`, on a file system that all ranks see.
+        config: how many to keep (when to save is the caller's).
+        rank, num_ranks: of the whole run.
+        attempt: a short name of this start of the run, the same on all ranks and new at each start.
+        report: takes a sentence about a failure; called from the thread too.
+        patience_seconds: how long rank 0 waits for the other ranks' parts.
+    """
+
+    failure: str | None
+    """Why the newest save failed; None while it is being written and when it is complete."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: CheckpointConfig,
+        rank: int,
+        num_ranks: int,
+        attempt: str,
+        report: Callable[[str], None],
+        patience_seconds: float = 600.0,
+    ) -> None:
+        assert re.fullmatch(r"\w{1,64}", attempt), attempt
+        self.folder, self.config, self.rank, self.num_ranks = Path(folder), config, rank, num_ranks
+        self.attempt, self.report, self.patience_seconds = attempt, report, patience_seconds
+        self.failure = None
+        self._number = 0
+        self._staged: dict[str, Tensor] = {}
+        self._thread: threading.Thread | None = None
+
+    def save(
+        self, step: int, shared: Mapping[str, Tensor], own: Mapping[str, Tensor], facts: Mapping[str, Any]
+    ) -> None:
+        """Copies the state and starts to write it; waits first for a save that is still being written.
+
+        Args:
+            step: the step after which this is; a checkpoint of the same step is replaced.
+            shared: the state of the run, known under the same names on all ranks that hold any of it. A DTensor is
+                saved from its shards; a plain tensor is the same on all ranks.
+            own: what belongs to this rank, such as its random state.
+            facts: small JSON; rank 0's is kept.
+
+        Raises:
+            ValueError: if a name, dtype or sharding cannot be stored, or the facts are no JSON.
+        """
+        self.wait()
+        self.failure = None
+        self._number += 1
+        kept_facts = json.loads(json.dumps(dict(facts), allow_nan=False)) if self.rank == 0 else {}
+        unfinished = self.folder / f"{step_name(step)}.tmp-{self.attempt}-{self._number}"
+        held = {tensor_name(name): local_part(name, tensor, self.rank) for name, tensor in shared.items()}
+        for name in held:
+            if _owner(name) is not None:
+                raise ValueError(f"tensor {name!r}: names that begin with 'rank-<number>/' are for a rank's own state")
+        for name, tensor in own.items():
+            full_name = tensor_name(f"rank-{self.rank}/{name}")
+            held[full_name] = replace(local_part(full_name, tensor, self.rank), writes=True)
+        data = self._copy({name: it.data for name, it in held.items() if it.writes and it.box.volume})
+        snapshot = Snapshot(step, self._number, unfinished, held, data, kept_facts)
+        self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Returns when this rank's part is written; on rank 0, when the checkpoint is published or has failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies in host memory, in the same buffers each time: fresh pages would cost more than the copy."""
+        staged = {}
+        for name, tensor in tensors.items():
+            buffer = self._staged.get(name)
+            if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
+                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            staged[name] = buffer.copy_(tensor, non_blocking=True)
+        if any(tensor.is_cuda for tensor in tensors.values()):
+            torch.cuda.synchronize()
+        self._staged = staged
+        return staged
+
+    def _write(self, snapshot: Snapshot) -> None:
+        """The thread: an error ends the save, never the training."""
+        try:
+            snapshot.folder.mkdir(parents=True, exist_ok=True)
+            problem = self._write_own_part(snapshot)
+            if self.rank == 0:
+                self._tidy(self._publish(snapshot), snapshot)
+            elif problem is not None:
+                self._fail(f"this rank's part of {step_name(snapshot.step)} was not saved: {problem}")
+        except Exception as error:
+            if self.rank == 0:
+                shutil.rmtree(snapshot.folder, ignore_errors=True)
+            self._fail(
+                f"checkpoint {step_name(snapshot.step)} was not saved: {self._explain(error, snapshot)}. Training goes "
+                "on, and older checkpoints stay"
+            )
+
+    def _write_own_part(self, snapshot: Snapshot) -> str | None:
+        """Writes this rank's part, or removes what there is of it and leaves a marker; returns what went wrong."""
+        tensors, part, marker = (
+            snapshot.folder / f"rank-{self.rank:05d}.{kind}" for kind in ("safetensors", "json", "failed")
+        )
+        try:
+            write_aside(part, encode_manifest(write_tensors(tensors, snapshot, self.num_ranks)))
+        except Exception as error:
+            tensors.unlink(missing_ok=True)
+            problem = self._explain(error, snapshot)
+            try:
+                write_aside(marker, problem.encode())
+            except OSError:
+                marker.touch()  # a name alone may still fit on a full disk
+            return problem
+        return None
+
+    def _publish(self, snapshot: Snapshot) -> Path:
+        """Rank 0: merges all parts and publishes them. Raises what went wrong here or on any rank."""
+        failures = self._await_parts(snapshot)
+        if failures:
+            raise RuntimeError(few([f"rank {rank}: {text}" for rank, text in sorted(failures.items())]))
+        parts = [snapshot.folder / f"rank-{rank:05d}.json" for rank in range(self.num_ranks)]
+        manifest = merge_parts(decode_manifest(part.read_bytes()) for part in parts)
+        write_aside(snapshot.folder / "manifest.json", encode_manifest(manifest))
+        for part in parts:
+            part.unlink()
+        sync_folder(snapshot.folder)
+        return publish(snapshot.folder, snapshot.step)
+
+    def _tidy(self, published: Path, snapshot: Snapshot) -> None:
+        """Points to the new checkpoint and removes what it outdates. It is saved whether or not this works."""
+        for task in (
+            lambda: write_aside(self.folder / "latest", f"{published.name}\n".encode()),
+            lambda: prune(published, self.config.keep),
+            lambda: sweep(self.folder, self.attempt, snapshot.number),
+        ):
+            try:
+                task()
+            except OSError as error:
+                self.report(f"{published.name} is saved, but {self.folder} is untidy: {self._explain(error, snapshot)}")
+
+    def _await_parts(self, snapshot: Snapshot) -> dict[int, str]:
+        """Waits until every rank has left its part or its failure; returns the failures by rank."""
+        waiting, failures = set(range(self.num_ranks)), dict[int, str]()
+        deadline, pause = time.monotonic() + self.patience_seconds, 0.002
+        while True:
+            names = set(os.listdir(snapshot.folder))
+            failed = {rank for rank in waiting if f"rank-{rank:05d}.failed" in names}
+            for rank in failed:
+                text = (snapshot.folder / f"rank-{rank:05d}.failed").read_text()
+                failures[rank] = text or "could not even write why; is the disk full?"
+            waiting -= failed | {rank for rank in waiting if f"rank-{rank:05d}.json" in names}
+            if not waiting:
+                return failures
+            if time.monotonic() > deadline:
+                return failures | dict.fromkeys(
+                    waiting,
+                    f"nothing came within {self.patience_seconds:g} s; {self.folder} must be on a file system that all "
+                    "ranks share",
+                )
+            time.sleep(pause)
+            pause = min(1.5 * pause, 0.2)
+
+    def _fail(self, sentence: str) -> None:
+        self.failure = sentence
+        self.report(sentence)
+
+    def _explain(self, error: Exception, snapshot: Snapshot) -> str:
+        """An error in words; the message of safetensors' writer carries the number of the system's error."""
+        code = re.search(r"os error (\d+)", str(error))
+        number = int(code[1]) if code else getattr(error, "errno", None)
+        if number in (errno.ENOSPC, errno.EDQUOT):
+            needed = sum(tensor.nbytes for tensor in snapshot.data.values()) / 1e6
+            free = shutil.disk_usage(self.folder).free / 1e6
+            return (
+                f"the disk of {self.folder} is full (rank {self.rank} needs {needed:.1f} MB, {free:.1f} MB are free); "
+                "free some space, or set checkpoint.keep lower"
+            )
+        return str(error) or type(error).__name__
+
+
+def write_tensors(path: Path, snapshot: Snapshot, num_ranks: int) -> Manifest:
+    """Writes a rank's tensors to a safetensors file, syncs it and reads it back; returns the rank's part manifest.
+
+    Raises:
+        OSError: if the file cannot be written, or what is read back is not what was written.
+        SafetensorError: the same, from the library.
+    """
+    checksums = {name: _checksum(tensor) for name, tensor in snapshot.data.items()}
+    tensors = {
+        name: Stored(
+            local.dtype,
+            local.shape,
+            (Shard(path.name, local.box, checksums[name]),) if name in checksums else (),
+        )
+        for name, local in snapshot.locals.items()
+    }
+    files = {}
+    if checksums:
+        save_file(dict(snapshot.data), path)
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            if hasattr(os, "posix_fadvise"):
+                # So that the bytes come back from the disk, not from the cache that they were written to.
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            size = os.fstat(file.fileno()).st_size
+            files[path.name] = StoredFile(size, read_header(file, size)[1])
+    part = Manifest(snapshot.step, num_ranks, snapshot.facts, files, tensors)
+    for name, held in part.held_by().items():
+        problems = verify_file(path.with_name(name), files[name], held)
+        if problems:
+            raise OSError(f"what was written to the disk is not what comes back: {few(problems)}")
+    return part
+
+
+def _checksum(tensor: Tensor) -> str:
+    array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return xxhash.xxh3_128_hexdigest(array)
+
+
+def _owner(name: str) -> int | None:
+    """The rank whose own state a stored name belongs to."""
+    match = re.match(r"rank-(\d+)/", name)
+    return int(match[1]) if match else None
+
+
+# ---- Loading ---------------------------------------------------------------------------------------------------------
+
+
+def load(
+    folder: Path, shared: Mapping[str, Tensor], own: Mapping[str, Tensor], rank: int, num_ranks: int
+) -> dict[str, Any]:
+    """Fills the given tensors in place from a checkpoint that any number of ranks saved, however sharded.
+
+    Reads only the pieces that this rank holds. The bytes are not checked again: `newest_verified` or `verify_together`
+    comes first.
+
+    Args:
+        folder: a `step-*` folder.
+        shared: plain tensors or DTensors; their names, global shapes and dtypes must be those of the checkpoint.
+        own: this rank's own state; left as it is if the checkpoint is from another number of ranks.
+        rank, num_ranks: of this run.
+
+    Returns:
+        The facts that were saved.
+
+    Raises:
+        ValueError: if the checkpoint is damaged, or is not of these tensors; nothing has been changed then, unless a
+            file is found to differ from the manifest on the way.
+    """
+    manifest = read_manifest(folder)
+    owners = (None, rank) if num_ranks == manifest.num_ranks else (None,)
+    given = dict(shared) | {f"rank-{rank}/{name}": tensor for name, tensor in own.items() if rank in owners}
+    targets = {name: local_part(name, tensor, rank) for name, tensor in given.items()}
+    stored = {name: it for name, it in manifest.tensors.items() if _owner(name) in owners}
+    _check_same(folder, targets, stored)
+    _fill(folder, manifest, targets)
+    return dict(manifest.facts)
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """The facts of a checkpoint. Raises ValueError if its manifest cannot be used."""
+    return dict(read_manifest(folder).facts)
+
+
+def tensor_names(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Global shape and dtype of each shared tensor: what a caller must have made before it loads."""
+    tensors = read_manifest(folder).tensors
+    return {name: (it.shape, DTYPES[it.dtype]) for name, it in tensors.items() if _owner(name) is None}
+
+
+def read_full(folder: Path, name: str) -> Tensor:
+    """One whole tensor, in host memory.
+
+    Raises:
+        ValueError: if the checkpoint is damaged or has no such tensor.
+    """
+    manifest = read_manifest(folder)
+    if name not in manifest.tensors:
+        raise ValueError(f"{folder}: has no tensor {name!r}; it has {few([repr(n) for n in manifest.tensors])}")
+    stored = manifest.tensors[name]
+    _check_sizes(folder, manifest, {shard.file for shard in stored.shards})
+    tensor = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
+    _fill(folder, manifest, {name: local_part(name, tensor, 0)})
+    return tensor
+
+
+def verify_together(folder: Path, rank: int, num_ranks: int) -> list[str]:
+    """This rank's share of `verify`: each file is read by one rank. The ranks have yet to agree on what they found."""
+    return verify(folder, slice(rank, None, num_ranks))
+
+
+def _check_same(folder: Path, targets: Mapping[str, Local], stored: Mapping[str, Stored]) -> None:
+    """Refuses a checkpoint of other tensors."""
+    wrong = [f"{name!r} is not in the checkpoint" for name in targets if name not in stored]
+    wrong += [f"{name!r} is only in the checkpoint" for name in stored if name not in targets]
+    wrong += [
+        f"{name!r} is {local.dtype} {local.shape} here and {stored[name].dtype} {stored[name].shape} in the checkpoint"
+        for name, local in targets.items()
+        if name in stored and (local.dtype, local.shape) != (stored[name].dtype, stored[name].shape)
+    ]
+    if wrong:
+        raise ValueError(
+            f"{folder} is not of this model and optimizer: {few(wrong, most=4)}. Use the config of the run that saved "
+            "it, or start a new run"
+        )
+
+
+def _check_sizes(folder: Path, manifest: Manifest, files: Iterable[str]) -> None:
+    """Refuses missing and cut files before anything is allocated or mapped."""
+    for name in files:
+        path = safe_join(folder, name)
+        size = path.stat().st_size if path.is_file() else -1
+        if size != manifest.files[name].size:
+            found = "is missing" if size < 0 else f"has {size} bytes, not {manifest.files[name].size}"
+            raise ValueError(f"{path} {found}; use an older checkpoint")
+
+
+def _fill(folder: Path, manifest: Manifest, targets: Mapping[str, Local]) -> None:
+    """Copies every piece that lies in a target's box, one file open at a time."""
+    reads: dict[str, list[tuple[str, Shard, Box]]] = {}
+    for name, local in targets.items():
+        shards = [(shard, shard.box) for shard in manifest.tensors[name].shards]
+        for shard, box in pieces(local.box, shards):
+            reads.setdefault(shard.file, []).append((name, shard, box))
+    _check_sizes(folder, manifest, reads)
+    for file_name, items in sorted(reads.items()):
+        path = safe_join(folder, file_name)
+        try:
+            with safe_open(path, framework="pt") as file, torch.no_grad():
+                for name, shard, box in items:
+                    target, stored = targets[name], file.get_slice(name)
+                    if (stored.get_dtype(), tuple(stored.get_shape())) != (target.dtype, shard.box.sizes):
+                        raise ValueError(f"{path}: holds {name!r} otherwise than the manifest says")
+                    data = stored[box.slices(shard.box)] if box.sizes else file.get_tensor(name)
+                    target.data[box.slices(target.box)].copy_(data)
+        except SafetensorError as error:
+            raise ValueError(f"{path} cannot be read ({error}); use an older checkpoint") from error
