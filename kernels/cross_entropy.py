@@ -28,7 +28,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: 
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     if chunk is None:
         chunk = max(256, CHUNK_LOGITS.get(hidden.device.type, 2**20) // weight.shape[0])
-    return _LinearCrossEntropy.apply(hidden, weight, labels, chunk, torch.is_grad_enabled())  # type: ignore[no-any-return, no-untyped-call]
+    return _LinearCrossEntropy.apply(hidden, weight, labels, chunk, torch.is_grad_enabled())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

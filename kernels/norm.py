@@ -16,7 +16,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Computes in float32 (float64 for float64 input), casts to x's dtype, then multiplies by the weight, as Llama does.
     Source: Zhang and Sennrich 2019.
     """
-    return _RMSNorm.apply(x, weight, eps)  # type: ignore[no-any-return, no-untyped-call]
+    return _RMSNorm.apply(x, weight, eps)
 
 
 class _RMSNorm(torch.autograd.Function):

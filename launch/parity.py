@@ -2,7 +2,6 @@
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,7 @@ def prove(
     """
     if dtype not in ("float64", "float32"):
         raise ValueError(f"--dtype {dtype}: allowed are float64 (the proof) and float32")
-    config = load_config(config_path, overrides, plan)
-    config = replace(config, optim=replace(config.optim, precision=dtype))
+    config = load_config(config_path, [*overrides, f"optim.precision={dtype}"], plan)
     dataset = prepare(config.data, print)
     check_vocabulary(config, dataset.vocab_size)
     with tempfile.TemporaryDirectory(prefix="armillary-parity-") as folder:

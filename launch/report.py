@@ -223,7 +223,7 @@ def _chart(
 def _clean_svg(svg: str, label: str) -> str:
     """matplotlib's file as an element inside a page: the page's fonts and colours, no ids that clash, short numbers."""
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->|<g id="[^"]*"/>', "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
     svg = re.sub(r"font-family: [^;\"]*;?", "", svg)
     svg = re.sub(r' d="[^"]*"', lambda path: re.sub(r"\d+\.\d+", lambda n: f"{float(n[0]):.1f}", path[0]), svg)

@@ -44,14 +44,19 @@ def make_ranks(plan: Plan, device: torch.device) -> Ranks:
         ValueError: if the number of started ranks is not the plan's.
     """
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    check_num_ranks(plan, num_ranks)
+    mesh = init_device_mesh(device.type, (plan.dp,), mesh_dim_names=("dp",))
+    return Ranks(mesh, device, rank, num_ranks)
+
+
+def check_num_ranks(plan: Plan, num_ranks: int) -> None:
+    """Refuses a plan for another number of ranks than were started."""
     if plan.num_ranks != num_ranks:
         raise ValueError(
             f"plan ({plan}) needs {plan.num_ranks} ranks, but {num_ranks} were started; "
             f"start {plan.num_ranks}, or set the degrees so that their product is {num_ranks} "
             f'(for example --plan "dp={num_ranks}")'
         )
-    mesh = init_device_mesh(device.type, (plan.dp,), mesh_dim_names=("dp",))
-    return Ranks(mesh, device, rank, num_ranks)
 
 
 def own_device() -> torch.device:
@@ -74,7 +79,7 @@ def joined_ranks(plan: Plan) -> Iterator[Ranks]:
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     if "RANK" in os.environ:
-        _check_world(plan, int(os.environ["WORLD_SIZE"]))
+        check_num_ranks(plan, int(os.environ["WORLD_SIZE"]))
         try:
             dist.init_process_group(backend, timeout=TIMEOUT)
         except dist.DistNetworkError as error:

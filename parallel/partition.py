@@ -62,8 +62,8 @@ def shard(model: nn.Module, blocks: nn.ModuleList, mesh: DeviceMesh, compute: to
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_custom_all_gather(_AllGather(ledger))
-            module.set_custom_reduce_scatter(_ReduceScatter(ledger))
+            module.set_custom_all_gather(_AllGather(ledger))  # type: ignore[arg-type]
+            module.set_custom_reduce_scatter(_ReduceScatter(ledger))  # type: ignore[arg-type]
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 

@@ -55,25 +55,30 @@ def _rank_main(path: str, name: str, rank: int, num_ranks: int, store: str, args
         outbox.put((rank, False, traceback.format_exc()))
 
 
+def start(fn: Callable[..., Any], num_ranks: int, folder: str, *args: Any) -> tuple[list[Any], Any]:
+    """Starts `fn(rank, *args)` on fresh processes in one gloo group that meets in `folder`; returns them and the queue
+    of their results."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "numpy"])
+    outbox = context.SimpleQueue()
+    path, store = fn.__code__.co_filename, f"{folder}/store"
+    ranks = [
+        context.Process(target=_rank_main, args=(path, fn.__name__, rank, num_ranks, store, args, outbox), daemon=True)
+        for rank in range(num_ranks)
+    ]
+    for process in ranks:
+        process.start()
+    return ranks, outbox
+
+
 def run(fn: Callable[..., Any], num_ranks: int, *args: Any) -> list[Any]:
     """Runs `fn(rank, *args)` on `num_ranks` fresh processes in one gloo group; returns what each rank returned.
 
     `fn` is a module-level function; arguments and results are plain Python or numpy. Raises RankFailure as soon as
     one rank fails, with every traceback that arrived, and stops the others.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "numpy"])
-    outbox = context.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
-        path, store = fn.__code__.co_filename, f"{folder}/store"
-        ranks = [
-            context.Process(
-                target=_rank_main, args=(path, fn.__name__, rank, num_ranks, store, args, outbox), daemon=True
-            )
-            for rank in range(num_ranks)
-        ]
-        for process in ranks:
-            process.start()
+        ranks, outbox = start(fn, num_ranks, folder, *args)
         try:
             return _collect(ranks, outbox)
         finally:

@@ -246,7 +246,7 @@ class Checkpointer:
             snapshot.folder.mkdir(parents=True, exist_ok=True)
             problem = self._write_own_part(snapshot)
             if self.rank == 0:
-                self._tidy(self._publish(snapshot), snapshot)
+                self._tidy(self._publish(snapshot, problem), snapshot)
             elif problem is not None:
                 self._fail(f"this rank's part of {step_name(snapshot.step)} was not saved: {problem}")
         except Exception as error:
@@ -274,9 +274,9 @@ class Checkpointer:
             return problem
         return None
 
-    def _publish(self, snapshot: Snapshot) -> Path:
+    def _publish(self, snapshot: Snapshot, problem: str | None) -> Path:
         """Rank 0: merges all parts and publishes them. Raises what went wrong here or on any rank."""
-        failures = self._await_parts(snapshot)
+        failures = self._await_parts(snapshot) | ({0: problem} if problem is not None else {})
         if failures:
             raise RuntimeError(few([f"rank {rank}: {text}" for rank, text in sorted(failures.items())]))
         parts = [snapshot.folder / f"rank-{rank:05d}.json" for rank in range(self.num_ranks)]
@@ -308,7 +308,7 @@ class Checkpointer:
             failed = {rank for rank in waiting if f"rank-{rank:05d}.failed" in names}
             for rank in failed:
                 text = (snapshot.folder / f"rank-{rank:05d}.failed").read_text()
-                failures[rank] = text or "could not even write why; is the disk full?"
+                failures[rank] = text or "it could not write why; its disk may be full"
             waiting -= failed | {rank for rank in waiting if f"rank-{rank:05d}.json" in names}
             if not waiting:
                 return failures

@@ -40,6 +40,8 @@ SKIPPED = frozenset(("site-packages", "dist-packages", "__pycache__", "test", "t
 
 CHUNK = 1 << 22
 """Characters that are tokenised at once."""
+PIECE = 1 << 18
+"""Characters of a document above which it is tokenised in pieces, for the sake of memory and of several cores."""
 
 ARRAYS = ("tokens.npy", "offsets.npy", "hashes.npy", "num_bytes.npy")
 """Files of a corpus, in the order of Corpus's fields."""
@@ -302,8 +304,8 @@ def sample(listing: Listing, held_out: float, num_bytes: int) -> list[str]:
         room = num_bytes + num_bytes // 4
         for text in documents(listing):
             if least <= text_hash(text) < most:
-                texts.append(text[:room])
-                room -= len(texts[-1])
+                texts += [piece for piece, _ in pieces(text[:room], PIECE)]
+                room -= len(text)
             if room <= 0:
                 break
         if texts:
@@ -372,7 +374,7 @@ class _Writer:
     def add(self, text: str) -> None:
         self.hashes.append(text_hash(text))
         self.num_bytes.append(len(text.encode()))
-        for piece, is_last in pieces(text):
+        for piece, is_last in pieces(text, PIECE):
             self._pending.append(piece)
             self._ends.append(is_last)
             self._characters += len(piece)
@@ -401,7 +403,7 @@ class _Writer:
         np.lib.format.write_array_header_1_0(self.file, description)
 
 
-def pieces(text: str, size: int = CHUNK) -> Iterator[tuple[str, bool]]:
+def pieces(text: str, size: int) -> Iterator[tuple[str, bool]]:
     """A text in parts of about `size` characters, each with whether it is the last.
 
     Cuts stand before a line that starts with no space, where the tokenizers made here never join two tokens. Others

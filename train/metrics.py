@@ -18,6 +18,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -44,8 +45,6 @@ class MetricsConfig:
     """Steps from one evaluation on the held-out text to the next; 0 for before the first and after the last alone."""
     evaluate_sequences: int = field(default=64, metadata={"min": 0})
     """Held-out sequences of one evaluation; 0 for all."""
-    sample_prompt: str = "def "
-    """Text that the model continues when `armillary train` ends; an empty one for none."""
     wandb: Literal["offline", "online", "off"] = "offline"
     """Weights & Biases, where it is installed: into the run folder (`wandb sync` uploads it), to the server, or not."""
     tensorboard: bool = False
@@ -311,7 +310,8 @@ class Meter(NullMeter):
             problem = "the disk is full"
         except OSError as error:
             problem = str(error)
-        os.ftruncate(self._file.fileno(), end)
+        with suppress(OSError):
+            os.ftruncate(self._file.fileno(), end)
         if not self._rows_lost:
             self._rows_lost = True
             self._note(redact(f"{self._file.name}: {problem}; rows are lost until it can be written again"))

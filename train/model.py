@@ -24,7 +24,10 @@ __all__ = ["IGNORE", "Attention", "Block", "FeedForward", "Transformer", "initia
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Shared:
-    """What all blocks of one forward pass share. No container to PyTorch, so mixed precision leaves the tables alone."""
+    """What all blocks of one forward pass share.
+
+    No container that PyTorch looks into, so mixed precision leaves the tables in their dtype.
+    """
 
     places: Places
     cos: Tensor

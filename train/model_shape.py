@@ -92,10 +92,15 @@ class ModelConfig:
 def block_parameters(model: ModelConfig) -> int:
     """Parameters of one block."""
     query, kv = model.num_heads * model.head_size, model.kv_heads * model.head_size
-    attention = 2 * model.dim * query + 2 * model.dim * kv
     biases = (query + 2 * kv) if model.qkv_bias else 0
     head_norms = 2 * model.head_size if model.qk_norm else 0
-    return attention + biases + head_norms + 3 * model.dim * model.hidden + 2 * model.dim
+    return block_matrices(model) + biases + head_norms + 2 * model.dim
+
+
+def block_matrices(model: ModelConfig) -> int:
+    """Parameters of one block that multiply: all but norms and biases."""
+    query, kv = model.num_heads * model.head_size, model.kv_heads * model.head_size
+    return 2 * model.dim * (query + kv) + 3 * model.dim * model.hidden
 
 
 def num_parameters(model: ModelConfig) -> int:
@@ -108,10 +113,10 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
     """Floating-point operations of forward and backward for one token: the numerator of MFU.
 
     `6 N + 12 L Q s / 2`: six for each parameter that multiplies (the embedding's look-up does not, the output
-    projection does), and twelve for each layer, query channel (Q = heads times head dim) and visible key. Causal attention sees
-    half of the keys on average; documents packed into one sequence see fewer still, which this formula ignores.
-    Recomputed activations are not counted. Source: PaLM, appendix B, with the causal half.
+    projection does), and twelve for each layer, query channel (Q = heads times head dim) and visible key. Causal
+    attention sees half of the keys on average; documents packed into one sequence see fewer still, which this formula
+    ignores. Recomputed activations are not counted. Source: PaLM, appendix B, with the causal half.
     """
-    weights = model.num_layers * (block_parameters(model) - 2 * model.dim) + model.vocab_size * model.dim
+    weights = model.num_layers * block_matrices(model) + model.vocab_size * model.dim
     attention = 12 * model.num_layers * model.num_heads * model.head_size * sequence_length / 2
     return 6.0 * weights + attention

@@ -110,7 +110,7 @@ class Mixture:
 
     sources: np.ndarray
     """The source of each sequence of a period."""
-    ranks: np.ndarray
+    places: np.ndarray
     """How many earlier sequences of the period come from the same source."""
     parts: np.ndarray
     """Sequences that each source has in a period."""
@@ -119,7 +119,7 @@ class Mixture:
         """Source of the sequence `index`, and how many earlier sequences came from that source."""
         period, rest = divmod(index, len(self.sources))
         source = int(self.sources[rest])
-        return source, period * int(self.parts[source]) + int(self.ranks[rest])
+        return source, period * int(self.parts[source]) + int(self.places[rest])
 
 
 def whole_parts(weights: Iterable[float]) -> list[int]:
@@ -148,14 +148,14 @@ def mix(weights: Iterable[float]) -> Mixture:
     parts = np.array(whole_parts(weights), dtype=np.int64)
     period, slack = int(parts.sum()), 2 * max(1, len(parts) - 1)
     had = np.zeros_like(parts)
-    sources, ranks = np.empty(period, dtype=np.int64), np.empty(period, dtype=np.int64)
+    sources, places = np.empty(period, dtype=np.int64), np.empty(period, dtype=np.int64)
     for n in range(period):
         behind = ((n + 1) * parts - had * period) * slack
         late = ((slack - 1) * period - behind) / parts
         source = int(np.where(behind >= period, late, np.inf).argmin())
-        sources[n], ranks[n] = source, had[source]
+        sources[n], places[n] = source, had[source]
         had[source] += 1
-    return Mixture(sources, ranks, parts)
+    return Mixture(sources, places, parts)
 
 
 def assign(num_sequences: int, num_micro_batches: int, rank: int, num_ranks: int) -> list[range]:

@@ -4,7 +4,9 @@ Imports torch only inside the functions that need it.
 """
 
 import re
+import sys
 import time
+from pathlib import Path
 
 BF16, FP16, FP32 = "bfloat16", "float16", "float32"
 TERA = 1e12
@@ -109,8 +111,14 @@ def peak_memory_gib(device_type: str) -> float:
         import torch
 
         return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        # Not getrusage, whose figure a process inherits from the one that started it.
+        held = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    except OSError:
+        held = None
+    if held:
+        return int(held[1]) / 2**20
     import resource
-    import sys
 
-    # Linux counts in KiB, macOS in bytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
+    # macOS counts in bytes, other systems in KiB.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)

@@ -10,8 +10,8 @@ from importlib import metadata
 from pathlib import Path
 
 from armillary.train.config import RunConfig, dump_config, load_config
-from armillary.train.tokenizer import Tokenizer
 from armillary.train.store import write_aside, write_json
+from armillary.train.tokenizer import Tokenizer
 
 ROOT = Path("runs")
 

@@ -33,7 +33,7 @@ def duration(seconds: float) -> str:
 
 
 def quantity(number: float) -> str:
-    """A count in at most seven characters: 940, 4,532, 45.3k, 1.23M; digits enough to see it move."""
+    """A count in few characters: 940, 4,532, 45.3k, 1.23M; digits enough to see it move."""
     if abs(number) < 9999.5:
         return f"{number:,.0f}"
     for power, unit in enumerate("kMGTPE", start=1):

@@ -15,6 +15,7 @@ from armillary.train.data import Batch, Dataset, held_out_batches, micro_batches
 from armillary.train.engine import Engine
 from armillary.train.failure import RunStopped
 from armillary.train.guard import Guard, Verdict
+from armillary.train.metrics import Ending
 from armillary.train.model_shape import num_parameters
 from armillary.train.observer import Observer
 from armillary.train.optim import build_optimizers
@@ -84,7 +85,7 @@ class Trainer:
         loss = self.engine.forward_backward(self.take_batches()).item()
         norm = self.engine.gradient_norm()
         verdict = self.guard.judge(loss, norm.item())
-        if verdict == "accept":
+        if verdict.accepted:
             self.engine.clip(norm, self.config.optim.clip_norm)
             self.optimizers.step(ratio)
         self.optimizers.zero_grad()
@@ -92,7 +93,7 @@ class Trainer:
         self.observer.step(
             self.progress.step, self.progress.tokens, time.perf_counter() - started, loss, norm.item(), rate
         )
-        if verdict != "accept":
+        if not verdict.accepted:
             self.recover(verdict, loss, norm.item())
 
     def take_batches(self) -> list[Batch]:
@@ -110,10 +111,10 @@ class Trainer:
         """Does what the guard asks for after an unsound step."""
         step = self.progress.step
         explanation = self.guard.explain(verdict, step, loss, norm)
-        if verdict == "skip":
+        if verdict is Verdict.SKIP:
             self.observer.event(step, "skip", explanation)
             return
-        if verdict == "roll_back":
+        if verdict is Verdict.ROLL_BACK:
             self.checkpointer.wait()
             unsound = self.progress
             if self.restore() is not None:
@@ -179,7 +180,8 @@ def run_rank(options: argparse.Namespace) -> None:
     with joined_ranks(config.plan) as ranks:
         folder = _agreed_folder(config, options, dataset, ranks)
         trainer = Trainer(config, ranks, folder, dataset, _agree(secrets.token_hex(4), ranks))
-        ending, message = "failed", ""
+        ending: Ending = "failed"
+        message = ""
         try:
             trainer.run()
             ending = "finished"

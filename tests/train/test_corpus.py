@@ -1,6 +1,7 @@
 """Sources: which files, which documents, what is written, and what a user's mistake is answered with."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,7 @@ def error(path: Path | str, **kwargs: Any) -> str:
 
 
 def write_parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
-    import datasets
-
+    datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_list(rows).to_parquet(str(path))
     return path
 
@@ -68,8 +68,7 @@ def test_a_parquet_row_is_a_document(tmp_path: Path) -> None:
 
 
 def test_a_hub_data_set_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
+    datasets = pytest.importorskip("datasets")
     asked = []
 
     def load(*args: Any, **kwargs: Any) -> Any:
@@ -83,7 +82,7 @@ def test_a_hub_data_set_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_hub_data_set_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
+    datasets = pytest.importorskip("datasets")
 
     def load(*args: Any, **kwargs: Any) -> Any:
         raise ConnectionError("Couldn't reach 'owner/name' on the Hub\nand more")
@@ -92,6 +91,14 @@ def test_a_hub_data_set_without_a_network(monkeypatch: pytest.MonkeyPatch) -> No
     assert error("hub:owner/name") == (
         f"{KEY}.path = \"hub:owner/name\": the hub did not give it (ConnectionError: Couldn't reach 'owner/name' on "
         "the Hub); check the name and the network, or give a local file, folder or glob"
+    )
+
+
+def test_parquet_without_the_package_that_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert error(tmp_path) == (
+        f"{KEY}: {tmp_path / 'a.parquet'}: needs the package `datasets`; pip install datasets, or give .jsonl"
     )
 
 
@@ -190,6 +197,7 @@ def test_the_stamp_changes_with_the_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("chunk", [8, 1 << 22])
 def test_what_is_written_is_what_was_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     monkeypatch.setattr(module, "CHUNK", chunk)
+    monkeypatch.setattr(module, "PIECE", chunk)
     texts = ["first\nsecond line\nthird\n", "é", "x" * 50]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     (tmp_path / "out").mkdir()

@@ -1,0 +1,94 @@
+"""Rotary positions: Llama's convention, Llama 3's scaling, exact far out."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from armillary.kernels.rope import frequencies, rotate, tables
+
+LLAMA3 = (8.0, 1.0, 4.0, 8192)
+
+
+def turned(x: Tensor, positions: Tensor, theta: float = 10_000.0) -> Tensor:
+    return rotate(x, *tables(positions, frequencies(x.shape[-1], theta), torch.float64))
+
+
+def test_frequencies_by_hand() -> None:
+    expected = [1.0, 100**-0.25, 100**-0.5, 100**-0.75]
+    torch.testing.assert_close(frequencies(8, 100.0), torch.tensor(expected, dtype=torch.float64), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("scaling", [None, LLAMA3])
+def test_frequencies_are_those_of_transformers(scaling: tuple[float, float, float, int] | None) -> None:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    rope: dict[str, float | str] = {"rope_type": "default", "rope_theta": 500_000.0}
+    if scaling is not None:
+        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        rope |= {"rope_type": "llama3", **dict(zip(names, scaling, strict=True))}
+    # Its releases 4 and 5 name these differently.
+    names_of_both: dict[str, Any] = {"rope_theta": 500_000.0, "rope_parameters": rope, "rope_scaling": rope}
+    theirs = LlamaRotaryEmbedding(
+        LlamaConfig(hidden_size=512, num_attention_heads=4, **names_of_both)
+    ).inv_freq.double()
+    torch.testing.assert_close(frequencies(128, 500_000.0, scaling), theirs, rtol=2e-6, atol=0)
+
+
+def test_scaling_keeps_fast_pairs_and_stretches_slow_ones() -> None:
+    plain, scaled = frequencies(128, 500_000.0), frequencies(128, 500_000.0, LLAMA3)
+    wavelengths = 2 * math.pi / plain
+    fast, slow = wavelengths < 8192 / 4, wavelengths > 8192
+    assert fast.any()
+    assert slow.any()
+    assert torch.equal(scaled[fast], plain[fast])
+    torch.testing.assert_close(scaled[slow], plain[slow] / 8, rtol=1e-14, atol=0)
+    between = scaled[~fast & ~slow] / plain[~fast & ~slow]
+    assert ((between > 1 / 8) & (between < 1)).all()
+
+
+def test_pairs_are_the_two_halves() -> None:
+    x = torch.zeros(1, 1, 1, 4, dtype=torch.float64)
+    x[..., 1] = 1  # the first of pair (1, 3), which turns by 100 ** -0.5 a position
+    out = turned(x, torch.tensor([[7]]), theta=100.0).flatten()
+    expected = torch.tensor([0, math.cos(0.7), 0, math.sin(0.7)], dtype=torch.float64)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-14)
+
+
+def test_scores_depend_on_the_distance_alone() -> None:
+    q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def score(at: int, to: int) -> float:
+        return float((turned(q, torch.tensor([[at]])) * turned(k, torch.tensor([[to]]))).sum())
+
+    assert score(5, 2) == pytest.approx(score(105, 102), abs=1e-12)
+    assert score(5, 2) != pytest.approx(score(5, 3), abs=1e-3)
+
+
+def test_far_positions_are_exact_in_float32_tables() -> None:
+    frequency = frequencies(64, 10_000.0)
+    cos, sin = tables(torch.tensor([[131_071]]), frequency, torch.float32)
+    angles = [131_071 * float(f) for f in frequency]
+    assert cos.flatten().tolist() == pytest.approx([math.cos(a) for a in angles], abs=1e-7)
+    assert sin.flatten().tolist() == pytest.approx([math.sin(a) for a in angles], abs=1e-7)
+
+
+def test_bfloat16_is_turned_in_float32() -> None:
+    x = torch.randn(2, 9, 3, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    positions = torch.arange(9).expand(2, 9)
+    cos, sin = tables(positions, frequencies(8, 10_000.0), torch.float32)
+    out = rotate(x, cos, sin)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, rotate(x.float(), cos, sin).bfloat16())
+
+
+def test_gradcheck_with_positions_in_any_order() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 2, 6, dtype=torch.float64, generator=generator).requires_grad_()
+    positions = torch.tensor([[2, 0, 9], [4, 4, 1]])
+    assert torch.autograd.gradcheck(lambda a: turned(a, positions), (x,))
+    shared = torch.tensor([[0, 1, 2]])
+    torch.testing.assert_close(turned(x, shared), turned(x, shared.expand(2, 3)), rtol=0, atol=0)

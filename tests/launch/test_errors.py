@@ -1,0 +1,165 @@
+"""Golden error messages: what a person reads when they give something wrong, to the letter, and the exit code 2."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from armillary.launch.cli import main
+
+RUN = """
+[model]
+dim = 16
+num_layers = 1
+num_heads = 2
+vocab_size = 257
+[data]
+tokenizer = "bytes"
+cache = "cache"
+sources = [{ path = "text.txt" }]
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working directory with a good config and its data."""
+    monkeypatch.chdir(tmp_path)
+    Path("run.toml").write_text(RUN)
+    Path("text.txt").write_text("the quick brown fox " * 50)
+    return tmp_path
+
+
+def run(capsys, monkeypatch, *arguments: str) -> tuple[int, str]:
+    """Exit code and standard error of `armillary *arguments`."""
+    monkeypatch.setattr(sys, "argv", ["armillary", *arguments])
+    with pytest.raises(SystemExit) as end:
+        main()
+    return int(end.value.code or 0), capsys.readouterr().err
+
+
+SUFFIXES = (
+    ".c, .cc, .cpp, .css, .cu, .cuh, .go, .h, .hpp, .html, .ini, .java, .js, .json, .jsonl, .md, .ndjson, .parquet, .py, "
+    ".pyi, .rs, .rst, .sh, .sql, .tex, .text, .toml, .ts, .txt, .yaml, .yml"
+)
+
+CASES: dict[str, tuple[list[str], str]] = {
+    "no config": (
+        ["train"],
+        "give either a CONFIG or --resume RUN; for example: armillary train configs/demo.toml",
+    ),
+    "config and resume": (
+        ["train", "run.toml", "--resume", "x"],
+        "give either a CONFIG or --resume RUN; for example: armillary train configs/demo.toml",
+    ),
+    "missing config": (
+        ["train", "ran.toml"],
+        "ran.toml: there is no such config file; did you mean run.toml?",
+    ),
+    "not TOML": (
+        ["train", "text.txt"],
+        "text.txt: is not valid TOML: Expected '=' after a key in a key/value pair (at line 1, column 5)",
+    ),
+    "unknown key": (
+        ["train", "run.toml", "--set", "optim.learning_rat=1"],
+        "--set: optim.learning_rat: unknown key; did you mean optim.learning_rate?",
+    ),
+    "unknown degree": (
+        ["train", "run.toml", "--plan", "zz=2"],
+        "--plan: plan.zz: unknown key; allowed here: dp",
+    ),
+    "wrong kind": (
+        ["train", "run.toml", "--set", "optim.steps=1.5"],
+        "--set: optim.steps: should be a valid integer; it is 1.5",
+    ),
+    "out of bounds": (
+        ["train", "run.toml", "--set", "data.held_out=1"],
+        "--set: data.held_out: must be less than 1; it is 1.0",
+    ),
+    "heads that do not divide": (
+        ["train", "run.toml", "--set", "model.num_heads=3"],
+        "--set: model.num_heads: must divide model.dim = 16, or set model.head_dim",
+    ),
+    "malformed override": (
+        ["train", "run.toml", "--set", "steps"],
+        "--set steps: write it as section.key=value, for example optim.steps=100",
+    ),
+    "no such run": (
+        ["train", "--resume", "nothing"],
+        "nothing: is no run (it has no config.toml); there are no runs in ./runs; start one first",
+    ),
+    "evaluate no run": (
+        ["evaluate", "nothing"],
+        "nothing: is no run (it has no config.toml); there are no runs in ./runs; start one first",
+    ),
+    "run name with a slash": (
+        ["train", "run.toml", "--name", "../x"],
+        "--name '../x': use letters, digits, '.', '-' and '_' only, starting with a letter or digit",
+    ),
+    "vocabulary too small": (
+        ["train", "run.toml", "--set", "model.vocab_size=100"],
+        "model.vocab_size: 100 is too small for data.tokenizer = 'bytes', which has 257 entries; "
+        "set model.vocab_size = 257 or more",
+    ),
+    "tokenizer too small": (
+        ["train", "run.toml", "--set", "data.tokenizer=bpe:10"],
+        '--set: data.tokenizer: is "bpe:10"; bpe: takes a vocabulary of 257 (the bytes and the end of a document) to 9999999, '
+        'such as "bpe:4096"',
+    ),
+    "no such tokenizer": (
+        ["train", "run.toml", "--set", "data.tokenizer=nowhere"],
+        'data.tokenizer = "nowhere": there is no file nowhere; give "bpe:4096", "bytes", a tokenizer.json or a folder '
+        "that holds one",
+    ),
+    "no such data": (
+        ["train", "run.toml", "--set", 'data.sources=[{path="nowhere"}]'],
+        'data.sources[0].path = "nowhere": there is no such file or folder; give a path, a glob, "stdlib" or "hub:NAME"',
+    ),
+    "no data in a folder": (
+        ["train", "run.toml", "--set", 'data.sources=[{path="empty"}]'],
+        'data.sources[0].path = "empty": nothing that can be read (no files); allowed are ' + SUFFIXES,
+    ),
+    "glob without a match": (
+        ["train", "run.toml", "--set", 'data.sources=[{path="*.md"}]'],
+        'data.sources[0].path = "*.md": no file matches; mend the glob, or quote it from the shell',
+    ),
+    "an empty file": (
+        ["train", "run.toml", "--set", 'data.sources=[{path="empty.txt"}]'],
+        'data.sources[0].path = "empty.txt": the corpus is empty: no file, line or row has any text; give files with text '
+        "in them",
+    ),
+    "a broken line": (
+        ["train", "run.toml", "--set", 'data.sources=[{path="broken.jsonl"}]'],
+        "data.sources[0]: broken.jsonl, line 2: not JSON (Expecting value: line 2 column 1 (char 10)); write one object such "
+        'as {"text": "..."} a line',
+    ),
+    "a missing field": (
+        ["train", "run.toml", "--set", 'data.sources=[{path="other.jsonl"}]'],
+        'data.sources[0]: other.jsonl, line 1: no field "text" but "body"; set data.sources[0].field to the name of the text',
+    ),
+    "a binary file": (
+        ["train", "run.toml", "--set", 'data.sources=[{path="binary.txt"}]'],
+        "data.sources[0]: binary.txt is not UTF-8 text but binary or of another encoding; convert it or leave it out",
+    ),
+    "an unknown suffix": (
+        ["train", "run.toml", "--set", 'data.sources=[{path="image.png"}]'],
+        'data.sources[0].path = "image.png": nothing that can be read (.png); allowed are ' + SUFFIXES,
+    ),
+    "a dtype that proves nothing": (
+        ["parity", "run.toml", "--dtype", "float16"],
+        "--dtype float16: allowed are float64 (the proof) and float32",
+    ),
+    "no such benchmark": (["bench", "nothing"], "bench nothing: there is no such benchmark; there are: train"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden(case, folder, capsys, monkeypatch):
+    Path("empty").mkdir()
+    Path("empty.txt").write_text("")
+    Path("broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    Path("other.jsonl").write_text('{"body": "fine"}\n')
+    Path("binary.txt").write_bytes(b"\xff\xfe\x00\x01" * 100)
+    Path("image.png").write_bytes(b"\x89PNG")
+    arguments, message = CASES[case]
+    assert run(capsys, monkeypatch, *arguments) == (2, f"error: {message}\n")
+    assert not Path("runs").exists()

@@ -1,0 +1,120 @@
+"""Thirty SIGKILLs at random moments of a run, each resumed: its last weights are the unbroken run's, bit for bit."""
+
+import os
+import random
+import signal
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import world as ranks
+
+from armillary.parallel.mesh import make_ranks
+from armillary.train.config import load_config
+from armillary.train.data import prepare
+from armillary.train.metrics import latest_per_step, read_metrics
+from armillary.train.run_folder import create_run, open_run
+from armillary.train.store import complete, read_manifest, verify
+from armillary.train.trainer import Trainer
+
+KILLS = 30
+NUM_RANKS = 2
+CONFIG = """
+[model]
+dim = 24
+num_layers = 2
+num_heads = 3
+vocab_size = 257
+[data]
+sequence_length = 64
+batch_size = 6
+tokenizer = "bytes"
+sources = [{path = "text.txt"}]
+cache = "cache"
+[optim]
+steps = 400
+precision = "float32"
+[plan]
+dp = 2
+[checkpoint]
+every = 3
+[metrics]
+wandb = "off"
+"""
+
+
+def train(rank: int, folder: str, run: str, attempt: str) -> None:
+    import torch
+
+    os.chdir(folder)
+    config = load_config("run.toml")
+    mesh = make_ranks(config.plan, torch.device("cpu"))
+    trainer = Trainer(config, mesh, open_run(run), prepare(config.data), attempt)
+    trainer.run()
+    trainer.observer.close("finished")
+
+
+def newest_step() -> int:
+    found = complete(Path("runs/broken/checkpoints"))
+    return int(found[0].name[-8:]) if found else 0
+
+
+def wait_for_the_moment(chance: random.Random) -> None:
+    """While the run starts, or some checkpoints later and a little more: at any point of a step or of a save."""
+    if chance.random() < 0.3:
+        time.sleep(chance.uniform(0, 1))
+        return
+    goal, deadline = newest_step() + 3 * chance.randint(1, 4), time.monotonic() + 60
+    while newest_step() < goal and time.monotonic() < deadline:
+        time.sleep(0.002)
+    time.sleep(chance.uniform(0, 0.2))
+
+
+def kill_at_random(chance: random.Random, attempt: str) -> None:
+    """Starts the run, or goes on with it, and kills one rank or all of them after a while."""
+    with tempfile.TemporaryDirectory() as folder:
+        processes, _ = ranks.start(train, NUM_RANKS, folder, os.getcwd(), "broken", attempt)
+        wait_for_the_moment(chance)
+        victims = processes if chance.random() < 0.5 else [chance.choice(processes)]
+        for process in victims:
+            os.kill(process.pid, signal.SIGKILL)
+        time.sleep(chance.uniform(0, 0.1))
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def losses(run: str) -> dict[int, float]:
+    rows = latest_per_step(read_metrics(Path("runs", run, "metrics.jsonl")))
+    return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
+
+
+@pytest.mark.slow
+def test_thirty_kills(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("\n".join(f"{number} times {number} is {number**2}" for number in range(2000)))
+    Path("run.toml").write_text(CONFIG)
+    dataset = prepare(load_config("run.toml").data)
+    for name in ("whole", "broken"):
+        create_run(load_config("run.toml"), "run.toml", name, dataset.tokenizer)
+    ranks.run(train, NUM_RANKS, str(tmp_path), "whole", "one")
+
+    chance = random.Random(0)
+    reached = []
+    for kill in range(KILLS):
+        kill_at_random(chance, f"attempt{kill}")
+        reached.append(newest_step())
+    # The kills hit a run that got on between them and was not yet done, or they prove nothing.
+    assert 0 < reached[-1] < 400
+    assert len(set(reached)) > KILLS // 3
+    assert reached == sorted(reached)
+
+    ranks.run(train, NUM_RANKS, str(tmp_path), "broken", "last")
+    ends = [complete(Path("runs", name, "checkpoints"))[0] for name in ("whole", "broken")]
+    assert [end.name for end in ends] == ["step-00000400"] * 2
+    assert [verify(end) for end in ends] == [[], []]
+    assert read_manifest(ends[0]).weights == read_manifest(ends[1]).weights
+    assert losses("broken") == losses("whole")
+    # Nothing is left of the saves that were cut off.
+    assert not [path for path in Path("runs/broken/checkpoints").iterdir() if ".tmp" in path.name]
