@@ -18,7 +18,7 @@ class Places:
     order of the tokens is allowed. `documents` and `positions` (batch, seq) are integers. `ordered` says that every
     row is one document whose positions count from 0: then no mask is needed.
 
-    Not a tensor nor a container that PyTorch looks into, so FSDP hands it to a block as it is.
+    A plain class, which FSDP hands to a block as it is, mask and all.
     """
 
     def __init__(self, positions: Tensor, documents: Tensor, ordered: bool = False) -> None:

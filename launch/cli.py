@@ -122,9 +122,8 @@ def main() -> None:
     """Runs a verb: exit code 0 for success, 1 for a failed check, 2 for a refused input; no tracebacks for people."""
     debug = "--debug" in sys.argv
     try:
-        app(standalone_mode=False)
-    except typer.Exit as end:
-        sys.exit(end.exit_code)
+        # Without its standalone mode, click returns the code of a typer.Exit.
+        sys.exit(app(standalone_mode=False))
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
     except Exception as error:

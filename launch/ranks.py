@@ -7,10 +7,14 @@ import signal
 import sys
 import tempfile
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from armillary.train.failure import ERRORS_FOLDER, FAILED, Failure
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 
 def start_ranks(num_ranks: int, module: str, arguments: Sequence[str], debug: bool = False) -> Failure | None:
@@ -43,7 +47,7 @@ def start_ranks(num_ranks: int, module: str, arguments: Sequence[str], debug: bo
         try:
             elastic_launch(config, sys.executable)("-m", module, *arguments)
         except ChildFailedError as error:
-            return _first_failure(Path(errors)) or _died(error.get_first_failure())
+            return _root_cause(error.failures, Path(errors))
         except SignalException as interrupt:
             raise KeyboardInterrupt from interrupt
         finally:
@@ -51,15 +55,20 @@ def start_ranks(num_ranks: int, module: str, arguments: Sequence[str], debug: bo
     return None
 
 
-def _first_failure(errors: Path) -> Failure | None:
+def _root_cause(failures: Mapping[int, "ProcessFailure"], errors: Path) -> Failure:
+    """Why the ranks failed: the one that a signal ended, for the others only lost their connection to it; else the
+    first that told."""
+    killed = [(rank, it) for rank, it in failures.items() if it.exitcode < 0 and it.exitcode != -signal.SIGTERM]
     told = [Failure(**json.loads(path.read_text())) for path in errors.glob("rank-*.json")]
-    return min(told, key=lambda failure: failure.time, default=None)
+    if killed or not told:
+        return _died(*(killed or list(failures.items()))[0])
+    return min(told, key=lambda failure: failure.time)
 
 
-def _died(first: tuple[int, "object"]) -> Failure:
-    """A rank that ended without a word: killed, or crashed in native code."""
-    rank, failure = first
-    code = int(getattr(failure, "exitcode", 1))
+def _died(rank: int, process: "ProcessFailure") -> Failure:
+    """The failure of a rank that ended without a word: killed, or crashed in native code."""
+    code = process.exitcode
     cause = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    hint = "; SIGKILL often means that the machine ran out of memory: try a smaller batch" if code == -9 else ""
-    return Failure(rank, f"rank {rank} {cause}{hint}", traceback="", exit_code=FAILED, bug=False, time=0.0)
+    hint = "; that often means that the machine ran out of memory: try a smaller batch" if code == -9 else ""
+    message = f"rank {rank} {cause}{hint}. Continue the run with --resume"
+    return Failure(rank, message, traceback="", exit_code=FAILED, bug=False, time=0.0)

@@ -292,8 +292,7 @@ def _status(story: Story) -> str:
     """How the run ended, from its last words."""
     ends = [event for event in story.events if event["event"] in ("open", "close")]
     last = ends[-1] if ends else {}
-    ending = last.get("status") if last.get("event") == "close" else ""
-    tone, title, more = TITLES.get(str(ending), TITLES[""])
+    tone, title, more = TITLES.get(str(last.get("status")), TITLES[""])
     step = max([row["step"] for row in story.rows] or [0])
     words = f"at step {step:,}" + ("" if story.total_steps is None else f" of {story.total_steps:,}") + more
     message = f'<p class="message">{_esc(last["message"])}</p>' if last.get("message") else ""

@@ -71,6 +71,7 @@ def shard(model: nn.Module, blocks: nn.ModuleList, mesh: DeviceMesh, compute: to
 @torch.no_grad()
 def place(parameter: Tensor, full: Tensor) -> None:
     """Fills a parameter, or this rank's shard of it, from the whole tensor."""
+    assert parameter.shape == full.shape, (parameter.shape, full.shape)
     if isinstance(parameter, DTensor):
         sizes, offsets = compute_local_shape_and_global_offset(
             parameter.shape, parameter.device_mesh, parameter.placements

@@ -1,7 +1,6 @@
 """A model built for the ranks it will run on, with the same initial weights on any number of them."""
 
 import torch
-from torch import Tensor
 
 from armillary.parallel.apply import apply
 from armillary.parallel.mesh import Ranks
@@ -28,8 +27,3 @@ def build_model(config: ModelConfig, precision: str, ranks: Ranks) -> Transforme
     model.to_empty(device=ranks.device)
     initialise(model, config.seed, place)
     return model
-
-
-def model_tensors(model: Transformer) -> dict[str, Tensor]:
-    """Every parameter under the name that a checkpoint gives it."""
-    return {f"model/{name}": parameter for name, parameter in model.named_parameters()}

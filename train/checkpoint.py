@@ -56,7 +56,6 @@ from armillary.train.store import (
     safe_join,
     step_name,
     sweep,
-    sync_folder,
     verify,
     verify_file,
     write_aside,
@@ -284,7 +283,6 @@ class Checkpointer:
         write_aside(snapshot.folder / "manifest.json", encode_manifest(manifest))
         for part in parts:
             part.unlink()
-        sync_folder(snapshot.folder)
         return publish(snapshot.folder, snapshot.step)
 
     def _tidy(self, published: Path, snapshot: Snapshot) -> None:
@@ -468,7 +466,7 @@ def _check_same(folder: Path, targets: Mapping[str, Local], stored: Mapping[str,
 
 def _check_sizes(folder: Path, manifest: Manifest, files: Iterable[str]) -> None:
     """Refuses missing and cut files before anything is allocated or mapped."""
-    for name in files:
+    for name in sorted(files):
         path = safe_join(folder, name)
         size = path.stat().st_size if path.is_file() else -1
         if size != manifest.files[name].size:

@@ -17,6 +17,6 @@ def evaluate_run(run: str) -> dict[str, Any]:
         dataset = prepare(loaded.config.data, print)
         if dataset.num_held_out == 0:
             raise ValueError(f"{run}: the corpus holds nothing out; set data.held_out above 0 and train again")
-        batches = held_out_batches(dataset, 0, loaded.config.data.batch_size, 0, 1)
+        batches = held_out_batches(dataset, None, loaded.config.data.batch_size, 0, 1)
         loss, bits_per_byte = Engine(loaded.model, loaded.ranks).evaluate(batches, dataset)
     return {"run": run, "step": loaded.step, "loss": loss, "bits_per_byte": bits_per_byte}

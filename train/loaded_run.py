@@ -7,8 +7,9 @@ from pathlib import Path
 
 from armillary.parallel.mesh import Ranks, joined_ranks
 from armillary.parallel.plan import Plan
-from armillary.train.build import build_model, model_tensors
-from armillary.train.checkpoint import load
+from armillary.parallel.partition import place
+from armillary.train.build import build_model
+from armillary.train.checkpoint import read_facts, read_full
 from armillary.train.config import RunConfig
 from armillary.train.model import Transformer
 from armillary.train.restore import newest_sound
@@ -41,6 +42,7 @@ def loaded_run(run: str | Path) -> Iterator[LoadedRun]:
         if path is None:
             raise ValueError(f"{folder.path}: has no sound checkpoint yet; continue it with --resume {folder.path}")
         model = build_model(config.model, config.optim.precision, ranks)
-        facts = load(path, model_tensors(model), {}, 0, 1)
+        for name, parameter in model.named_parameters():
+            place(parameter, read_full(path, f"model/{name}"))
         tokenizer = load_tokenizer(folder.path, "the run's tokenizer")
-        yield LoadedRun(config, ranks, model, tokenizer, facts["progress"]["step"])
+        yield LoadedRun(config, ranks, model, tokenizer, read_facts(path)["progress"]["step"])

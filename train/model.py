@@ -22,16 +22,15 @@ from armillary.train.model_shape import ModelConfig
 __all__ = ["IGNORE", "Attention", "Block", "FeedForward", "Transformer", "initialise"]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class Shared:
-    """What all blocks of one forward pass share.
+    """What all blocks of one forward pass share: the tokens' places and the rotary tables for them.
 
-    No container that PyTorch looks into, so mixed precision leaves the tables in their dtype.
+    A plain class on purpose: FSDP's mixed precision casts every tensor that it finds in arguments, also inside tuples
+    and dataclasses, and the tables must stay in float32.
     """
 
-    places: Places
-    cos: Tensor
-    sin: Tensor
+    def __init__(self, places: Places, cos: Tensor, sin: Tensor) -> None:
+        self.places, self.cos, self.sin = places, cos, sin
 
 
 class RMSNorm(nn.Module):

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from armillary.comm.collectives import all_reduce, broadcast_text
 from armillary.parallel.mesh import Ranks
-from armillary.train.build import model_tensors
 from armillary.train.checkpoint import load, verify_together
 from armillary.train.model import Transformer
 from armillary.train.optim import Optimizers
@@ -18,7 +17,8 @@ from armillary.train.store import complete, verify
 
 def shared_state(model: Transformer, optimizers: Optimizers) -> dict[str, Tensor]:
     """Weights and optimizer state: what the ranks hold together, whatever their number."""
-    return model_tensors(model) | optimizers.state_tensors()
+    weights: dict[str, Tensor] = {f"model/{name}": parameter for name, parameter in model.named_parameters()}
+    return weights | optimizers.state_tensors()
 
 
 def own_state() -> dict[str, Tensor]:

@@ -132,7 +132,7 @@ class Trainer:
             return
         data = self.ranks.data
         each = -(-self.config.data.batch_size // (data.size() * self.config.optim.micro_batches))
-        batches = held_out_batches(self.dataset, settings.evaluate_sequences, each, data.rank(), data.size())
+        batches = held_out_batches(self.dataset, settings.evaluate_sequences or None, each, data.rank(), data.size())
         self.observer.evaluation(step, *self.engine.evaluate(batches, self.dataset))
 
     def save_if_due(self) -> None:

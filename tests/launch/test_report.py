@@ -223,6 +223,12 @@ def test_one_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("error")
+def test_tokens_that_a_logarithm_cannot_show(tmp_path: Path) -> None:
+    rows = ({"step": step, "train/loss": 2.0, "train/tokens": 0} for step in range(5))
+    assert page_of(write_rows(tmp_path / "demo", *rows)).tags.count("svg") == 1
+
+
+@pytest.mark.filterwarnings("error")
 def test_rows_that_are_not_finite(tmp_path: Path) -> None:
     bad = {"train/loss": None, "train/loss_text": "nan", "train/grad_norm": None, "train/grad_norm_text": "inf"}
     page = page_of(write_rows(tmp_path / "demo", *({"step": step, "time": 1.8e9, **bad} for step in range(5))))

@@ -429,7 +429,6 @@ def test_everything_is_synced_before_its_name_is_given(tmp_path, monkeypatch):
     order = [
         ("fsync", unfinished / "rank-00000.safetensors"),
         ("replace", unfinished / "rank-00000.json"),
-        ("fsync", unfinished),
         ("replace", unfinished / "manifest.json"),
         ("fsync", unfinished),
         ("rename", final),
@@ -508,7 +507,7 @@ def load_on(num_ranks, rank, folder, dim):
 
 
 def hybrid_tensors(mesh):
-    """FSDP over tensor parallelism (strided shards), hybrid sharding (replicas), grids, and stages; whole and sharded."""
+    """FSDP over tensor parallelism (strided shards), hybrid sharding (replicas), grids, stages: whole and sharded."""
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 6))
     full = {f"model/{name}": tensor.detach().clone() for name, tensor in model.named_parameters()}

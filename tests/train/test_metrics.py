@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from armillary.train.metrics import (
     Meter,
     MetricsConfig,
     NullMeter,
+    Sink,
     latest_per_step,
     read_metrics,
     redact,
@@ -246,6 +248,25 @@ def test_failing_wandb_is_told_once_and_stops_nothing(tmp_path: Path, monkeypatc
     assert notes[0].startswith("metrics.wandb: wandb failed: RuntimeError: no Settings here")
     assert SECRET not in notes[0] + (tmp_path / FILE).read_text()
     assert [row.get("event") for row in metrics_of(tmp_path)] == ["warning", None]
+
+
+def test_sink_that_fails_in_the_middle_is_not_asked_again(tmp_path: Path) -> None:
+    recorder, notes = meter(tmp_path)
+    asked: list[int] = []
+
+    def log(step: int, values: Mapping[str, float]) -> None:
+        asked.append(step)
+        if step == 2:
+            raise OSError("no route to host")
+
+    recorder._sinks["wandb"] = Sink(log, lambda status: asked.append(-1))
+    for step in (1, 2, 3):
+        recorder.log(step, {"train/loss": 1.0})
+    recorder.close("finished")
+    assert asked == [1, 2]
+    assert notes == [
+        "metrics.wandb: wandb failed: OSError: no route to host. The run goes on with metrics.jsonl alone."
+    ]
 
 
 @pytest.mark.parametrize("name", ["wandb", "tensorboard"])

@@ -127,6 +127,8 @@ def test_time_left_is_that_of_the_usual_step_whatever_one_evaluation_took() -> N
 
 def test_time_left_after_a_roll_back_and_from_a_resumed_step() -> None:
     stream, clock = io.StringIO(), Clock()
+    train(Status(100, stream, clock), clock, iter([41, 31]), 70)
+    assert stream.getvalue().splitlines()[-1].endswith("ETA -")
     train(Status(100, stream, clock), clock, iter([41, 42, 43, 31, 32, 32]), 70)
     assert [line.split("ETA ")[1] for line in stream.getvalue().splitlines()][-1] == duration(68 * 70)
 
@@ -211,7 +213,8 @@ def test_on_a_terminal_the_line_stays_in_place() -> None:
     assert text.count("\n") <= 4
     assert text.count("step ") >= 30
     assert text.rstrip().endswith("took 0:30")
-    assert output.rindex("\x1b[?25h") > output.rindex("\x1b[?25l")
+    # The cursor is shown at once, so that a run that is killed leaves it there.
+    assert output.rindex("\x1b[?25l") < output.index("\x1b[?25h") < output.index("loss")
 
 
 def test_on_a_dumb_terminal_lines_are_plain() -> None:
