@@ -6,26 +6,21 @@ carry `parameters`, `ranks`, `flops_per_token`, `peak_flops` (operations per sec
 """
 
 import html
-import io
 import json
 import re
 import statistics
 import tomllib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from armillary.launch.plots import charts_of, number_of, points_of, short, values_of
 from armillary.train.metrics import FILE, Row, latest_per_step, read_metrics, redact
 from armillary.train.status import duration, quantity
 from armillary.train.store import write_aside
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-Points = list[tuple[float, float]]
 
 MOST_EVENTS = 100
 """Rows in the table of events."""
@@ -99,7 +94,7 @@ def _running(rows: Sequence[Row]) -> tuple[float, int]:
     """Seconds from each start to the last word before the next one, together, and the number of starts."""
     total, starts, begin, last = 0.0, 0, None, 0.0
     for row in rows:
-        now = _number(row.get("time"))
+        now = number_of(row.get("time"))
         if now is None:
             continue
         if begin is None or row.get("event") == "open":
@@ -108,172 +103,6 @@ def _running(rows: Sequence[Row]) -> tuple[float, int]:
         last = now
     return (total + last - begin if begin is not None else 0.0), starts
 
-
-def _number(value: Any) -> float | None:
-    """The value as a number that can be plotted, or None."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
-        return None
-    return float(value)
-
-
-def _short(number: float) -> str:
-    """A figure of any size in few characters."""
-    return quantity(number) if abs(number) >= 10_000 else f"{number:.4g}"
-
-
-def _points(rows: Iterable[Row], name: str, along: str = "step") -> Points:
-    """The finite values of a metric along another."""
-    pairs = ((_number(row.get(along)), _number(row.get(name))) for row in rows)
-    return [(x, y) for x, y in pairs if x is not None and y is not None]
-
-
-def _values(rows: Iterable[Row], name: str) -> list[float]:
-    return [y for _, y in _points(rows, name)]
-
-
-# Plots. Each colour is a stand-in that becomes a variable of the style sheet, so that a plot follows the page's theme.
-
-MUTED, RULE, TRAIN, HELD, WARN = (f"#00000{digit}" for digit in range(1, 6))
-VARIABLES = {MUTED: "muted", RULE: "rule", TRAIN: "train", HELD: "held", WARN: "warn"}
-MARKED = {"resume": MUTED, "skip": WARN, "rollback": WARN, "stop": WARN}
-WORDS = {TRAIN: "training", HELD: "held-out", WARN: "trouble", MUTED: "resumed"}
-KEY = '<span class="key {}">{}</span>'
-METRICS = {
-    "Tokens per second": "perf/tokens_per_sec",
-    "Gradient norm": "train/grad_norm",
-    "Learning rate": "train/learning_rate",
-    "Peak memory, GiB": "mem/peak_gib",
-}
-
-
-def _thin(points: Points, most: int = 300) -> Points:
-    """At most two points for each of `most` stretches, the lowest and the highest, so that no spike is lost."""
-    if len(points) <= 2 * most:
-        return points
-    parts = [points[len(points) * i // most : len(points) * (i + 1) // most] for i in range(most)]
-    return [p for part in parts for p in sorted({min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])})]
-
-
-def _middle(points: Points, most: int = 300) -> Points:
-    """The running median: over a fortieth of the points on each side of each; over fewer, evenly, near the ends."""
-    last, reach = len(points) - 1, len(points) // 40
-    # Evenly spread, and evenly on a logarithmic axis.
-    places = {last * i // most for i in range(most + 1)} | {min(last, int(last ** (i / most))) for i in range(most)}
-    middles = []
-    for i in sorted(places):
-        half = min(reach, i, last - i)
-        near = points[i - half : i + half + 1 : half // 100 + 1]
-        middles.append((points[i][0], statistics.median(y for _, y in near)))
-    return middles
-
-
-def _curve(axes: "Axes", points: Points) -> None:
-    """A noisy metric: what was recorded, pale, and its running median."""
-    if len(points) > 40 and axes.get_xscale() == "linear":
-        axes.plot(*zip(*_thin(points), strict=True), color=TRAIN, alpha=0.3, linewidth=0.9)
-    if points:
-        dot = "o" if len(points) < 4 else ""
-        axes.plot(*zip(*_middle(points), strict=True), color=TRAIN, linewidth=1.7, marker=dot, markersize=4)
-
-
-def _range(axes: "Axes", points: Points, always: Points) -> None:
-    """Show where `points` live, single spikes left out, and all of `always`."""
-    ordered = sorted(y for _, y in points)
-    cut = len(ordered) // 100
-    ends = [*ordered[cut : cut + 1], *ordered[-1 - cut :][:1], *(y for _, y in always)]
-    room = 0.06 * (max(ends) - min(ends)) or 0.05 * abs(max(ends)) or 1.0
-    axes.set_ylim(min(ends) - room, max(ends) + room)
-
-
-def _chart(
-    label: str, draw: Callable[..., None], *data: Any, marks: Sequence[tuple[float, str]] = (), x: str = "step"
-) -> str:
-    """An SVG element of 420 by 220 units with what `draw` makes of the data; `marks` are upright lines."""
-    import matplotlib
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
-
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label, "font.size": 12}):
-        # matplotlib's SVG has 72 units an inch.
-        figure = Figure(figsize=(420 / 72, 220 / 72), layout="constrained")
-        axes = figure.add_subplot()
-        draw(axes, *data)
-        if max(axes.get_xlim()) - min(axes.get_xlim()) < 1:
-            axes.set_xlim(min(axes.get_xlim()) - 1, max(axes.get_xlim()) + 1)
-        for place, color in marks:
-            axes.axvline(place, color=color, linewidth=1, linestyle=(0, (2, 2)), zorder=0.5)
-        for axis in (axes.xaxis, axes.yaxis):
-            low, high = axis.get_view_interval()
-            log = LogLocator(subs=(1, 2, 5) if high < 2000 * low else (1,), numticks=8)
-            plain = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], integer=axis is axes.xaxis)
-            axis.set_major_locator(log if axis.get_scale() == "log" else plain)
-            axis.set_minor_locator(NullLocator())
-            axis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
-        axes.set_xlabel(x, color=MUTED)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.spines["bottom"].set_color(RULE)
-        axes.grid(axis="y", color=RULE, linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.tick_params(length=0, labelcolor=MUTED, pad=5)
-        file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _clean_svg(file.getvalue(), label)
-
-
-def _clean_svg(svg: str, label: str) -> str:
-    """matplotlib's file as an element inside a page: the page's fonts and colours, no ids that clash, short numbers."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r'<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->|<g id="[^"]*"/>', "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
-    svg = re.sub(r"font-family: [^;\"]*;?", "", svg)
-    svg = re.sub(r' d="[^"]*"', lambda path: re.sub(r"\d+\.\d+", lambda n: f"{float(n[0]):.1f}", path[0]), svg)
-    svg = re.sub(r"\s*\n\s*", " ", svg)
-    for color, variable in VARIABLES.items():
-        svg = svg.replace(color, f"var(--{variable})")
-    return re.sub(r'width="[^"]*" height="[^"]*"', f'role="img" aria-label="{_esc(label)}"', svg, count=1)
-
-
-def _draw_losses(axes: "Axes", loss: Points, held: Points, scale: str = "linear") -> None:
-    axes.set_xscale(scale)
-    _curve(axes, loss)
-    if held:
-        axes.plot(*zip(*held, strict=True), color=HELD, linewidth=0.8, marker="o", markersize=4.5, zorder=3)
-    _range(axes, loss, [*loss[:1], *held])
-
-
-def _draw_metric(axes: "Axes", points: Points, log: bool) -> None:
-    """From zero, or with a logarithmic axis where `log` allows it and the values are very unlike in size."""
-    _curve(axes, points)
-    values = [y for _, y in points]
-    if log and min(values) > 0 and max(values) > 10 * statistics.median(values):
-        axes.set_yscale("log")
-    else:
-        _range(axes, points, [(0, 0)])
-        axes.set_ylim(bottom=min(0, *values))
-
-
-def _charts(story: Story) -> list[tuple[str, str, str]]:
-    """Title, legend (HTML) and SVG of every plot there is data for."""
-    rows, charts = story.rows, []
-    marks = [(float(e["step"]), MARKED[e["event"]]) for e in story.events if e["event"] in MARKED][-50:]
-    loss, held = _points(rows, "train/loss"), _points(rows, "eval/loss")
-    if loss or held:
-        seen = {color for _, color in marks} | ({TRAIN} if loss else set()) | ({HELD} if held else set())
-        key = "".join(KEY.format(VARIABLES[color], word) for color, word in WORDS.items() if color in seen)
-        charts.append(("Loss", key, _chart("loss by step", _draw_losses, loss, held, marks=marks)))
-    loss, held = ([p for p in _points(rows, name, "train/tokens") if p[0] > 0] for name in ("train/loss", "eval/loss"))
-    if len(loss) > 1:
-        chart = _chart("loss by tokens", _draw_losses, loss, held, "log", x="tokens, logarithmic")
-        charts.append(("Loss by tokens", "", chart))
-    for title, name in METRICS.items():
-        values = _values(rows, name)
-        if values and (name != "mem/peak_gib" or max(values) > 1.01 * min(values)):
-            log = name == "train/grad_norm"
-            charts.append((title, "", _chart(title.lower(), _draw_metric, _points(rows, name), log, marks=marks)))
-    return charts
-
-
-# The page.
 
 TITLES = {
     "finished": ("good", "Finished", ""),
@@ -301,11 +130,11 @@ def _status(story: Story) -> str:
 
 def _subtitle(story: Story) -> str:
     parts = []
-    if parameters := _number(story.start.get("parameters")):
+    if parameters := number_of(story.start.get("parameters")):
         parts.append(f"{quantity(parameters)} parameters")
-    if ranks := _number(story.start.get("ranks")):
+    if ranks := number_of(story.start.get("ranks")):
         parts.append(f"{ranks:.0f} rank{'s' if ranks != 1 else ''}")
-    times = [time for row in story.events if (time := _number(row.get("time"))) is not None]
+    times = [time for row in story.events if (time := number_of(row.get("time"))) is not None]
     if times and 0 < times[0] < 1e11:
         parts.append(f"started {datetime.fromtimestamp(times[0], UTC):%Y-%m-%d %H:%M} UTC")
     return f'<p class="sub">{_esc(" · ".join(parts))}</p>' if parts else ""
@@ -317,29 +146,29 @@ def _figures(story: Story) -> str:
     tiles: list[tuple[str, str, str]] = []
 
     def fell(label: str, name: str) -> None:
-        if points := _points(rows, name):
+        if points := points_of(rows, name):
             step, value = points[0]
             since = f"from {value:.3f} at step {step:,.0f}" if len(points) > 1 else f"at step {step:,.0f}"
             tiles.append((label, f"{points[-1][1]:.3f}", since))
 
     fell("Held-out loss", "eval/loss")
     fell("Bits per byte", "eval/bits_per_byte")
-    if losses := _points(rows, "train/loss"):
+    if losses := points_of(rows, "train/loss"):
         broken = sum(1 for row in rows if "train/loss" in row) - len(losses)
         note = f"step {losses[-1][0]:,.0f}" + (f"; {broken} not finite" if broken else "")
         tiles.append(("Training loss", f"{losses[-1][1]:.3f}", note))
-    if tokens := _values(rows, "train/tokens"):
+    if tokens := values_of(rows, "train/tokens"):
         tiles.append(("Tokens", quantity(max(tokens)), f"up to step {rows[-1]['step']:,}"))
     if story.starts:
         note = f"{story.starts} starts" if story.starts > 1 else "one start"
         tiles.append(("Wall time", duration(story.seconds), note))
-    if rate := _values(rows, "perf/tokens_per_sec"):
-        each = _values(rows, "perf/tokens_per_sec_per_rank")
+    if rate := values_of(rows, "perf/tokens_per_sec"):
+        each = values_of(rows, "perf/tokens_per_sec_per_rank")
         note = f"median; {quantity(statistics.median(each))} a rank" if each else "median"
         tiles.append(("Tokens per second", quantity(statistics.median(rate)), note))
-    if mfu := _values(rows, "perf/mfu"):
+    if mfu := values_of(rows, "perf/mfu"):
         tiles.append(("MFU", f"{100 * statistics.median(mfu):.1f}%", "median"))
-    if memory := _values(rows, "mem/peak_gib"):
+    if memory := values_of(rows, "mem/peak_gib"):
         tiles.append(("Peak memory", f"{max(memory):.2f} GiB", "one rank"))
     cells = (f"<div><dt>{_esc(a)}</dt><dd>{_esc(b)}</dd><dd class='note'>{_esc(c)}</dd></div>" for a, b, c in tiles)
     return f'<dl class="tiles">{"".join(cells)}</dl>' if tiles else "<p>No metrics were recorded.</p>"
@@ -347,9 +176,9 @@ def _figures(story: Story) -> str:
 
 def _mfu(story: Story) -> str:
     """MFU's formula with this run's numbers in it."""
-    rate = _values(story.rows, "perf/tokens_per_sec")
-    work, peak = _number(story.start.get("flops_per_token")), _number(story.start.get("peak_flops"))
-    if not (rate and work and peak and _values(story.rows, "perf/mfu")):
+    rate = values_of(story.rows, "perf/tokens_per_sec")
+    work, peak = number_of(story.start.get("flops_per_token")), number_of(story.start.get("peak_flops"))
+    if not (rate and work and peak and values_of(story.rows, "perf/mfu")):
         return ""
     work_words, peak_words = (re.sub(r"([kMGTPE]?)$", r" \1FLOP", quantity(number), count=1) for number in (work, peak))
     text = (
@@ -379,9 +208,9 @@ def _all_metrics(story: Story) -> str:
     names = sorted({name for row in story.rows for name in row} - {"step", "time"})
     rows = []
     for name in names:
-        if values := _values(story.rows, name):
+        if values := values_of(story.rows, name):
             numbers = (values[0], values[-1], min(values), statistics.median(values), max(values))
-            rows.append((name, *map(_short, numbers)))
+            rows.append((name, *map(short, numbers)))
     return _table(("Metric", "First", "Last", "Lowest", "Median", "Highest"), rows, "numbers") if rows else ""
 
 
@@ -402,7 +231,7 @@ def _fold(title: str, content: str) -> str:
 def _page(story: Story) -> str:
     charts = "".join(
         f"<figure><figcaption>{title}<span>{key}</span></figcaption>{svg}</figure>"
-        for title, key, svg in _charts(story)
+        for title, key, svg in charts_of(story.rows, story.events)
     )
     return PAGE.format(
         name=_esc(story.name),

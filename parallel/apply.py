@@ -5,9 +5,10 @@ from torch import nn
 
 from armillary.parallel.mesh import Ranks
 from armillary.parallel.partition import shard
+from armillary.parallel.plan import Partition
 
 
-def apply(model: nn.Module, ranks: Ranks, compute: torch.dtype) -> None:
+def apply(model: nn.Module, partition: Partition, ranks: Ranks, compute: torch.dtype) -> None:
     """Applies the plan of `ranks` to a model on the meta device, in place.
 
     The order, and why: (1) partition, last of all, since it wraps what every other step has changed. It is left out
@@ -16,4 +17,5 @@ def apply(model: nn.Module, ranks: Ranks, compute: torch.dtype) -> None:
     """
     mesh = ranks.mesh["dp"]
     if mesh.size() > 1 or any(parameter.dtype != compute for parameter in model.parameters()):
-        shard(model, model.blocks, mesh, compute, ranks.ledger)  # type: ignore[arg-type]
+        blocks: nn.ModuleList = model.blocks  # type: ignore[assignment]
+        shard(model, blocks, partition, mesh=mesh, compute=compute, ledger=ranks.ledger)

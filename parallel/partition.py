@@ -12,6 +12,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from armillary.comm import collectives
 from armillary.comm.ledger import Ledger
+from armillary.parallel.plan import Partition
 
 
 class _AllGather:
@@ -49,7 +50,15 @@ class _ReduceScatter:
         )
 
 
-def shard(model: nn.Module, blocks: nn.ModuleList, mesh: DeviceMesh, compute: torch.dtype, ledger: Ledger) -> None:
+def shard(
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    partition: Partition,
+    *,
+    mesh: DeviceMesh,
+    compute: torch.dtype,
+    ledger: Ledger,
+) -> None:
     """Shards every parameter over `mesh`, block by block, in place.
 
     Parameters keep their dtype; forward and backward run in `compute`; gradients are summed over the ranks in float32
@@ -58,7 +67,7 @@ def shard(model: nn.Module, blocks: nn.ModuleList, mesh: DeviceMesh, compute: to
     reduce = torch.float64 if compute == torch.float64 else torch.float32
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce, cast_forward_inputs=False)
     for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=partition.weights == "all")
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -1,6 +1,7 @@
 """The plan of a run: who holds what, as data that can be printed, compared and saved. Imports no torch."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -10,8 +11,8 @@ class Plan:
     __pydantic_config__ = {"extra": "forbid"}
 
     dp: int = field(default=1, metadata={"min": 1})
-    """Data-parallel degree: ranks among which weights, gradients and optimizer are sharded (ZeRO-3, as FSDP2 does
-    it), and each of which computes its own sequences."""
+    """Data-parallel degree: ranks each of which computes its own sequences, and among which the state is sharded as
+    `partition` says."""
 
     @property
     def num_ranks(self) -> int:
@@ -19,3 +20,15 @@ class Plan:
 
     def __str__(self) -> str:
         return f"dp={self.dp}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Partition:
+    """Over which ranks each kind of state is sharded. Gradients and optimizer state are sharded over all of the data
+    plane."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    weights: Literal["all", "rank"] = "all"
+    """`all`: each rank holds its shard, and gathers a block for forward and again for backward (ZeRO-3). `rank`: a block
+    gathered for forward stays whole on the rank until its backward: a third less traffic, more memory (ZeRO-2)."""

@@ -329,7 +329,8 @@ class Checkpointer:
         number = int(code[1]) if code else getattr(error, "errno", None)
         if number in (errno.ENOSPC, errno.EDQUOT):
             needed = sum(tensor.nbytes for tensor in snapshot.data.values()) / 1e6
-            free = shutil.disk_usage(self.folder).free / 1e6
+            existing = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+            free = shutil.disk_usage(existing).free / 1e6
             return (
                 f"the disk of {self.folder} is full (rank {self.rank} needs {needed:.1f} MB, {free:.1f} MB are free); "
                 "free some space, or set checkpoint.keep lower"

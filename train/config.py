@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from armillary.parallel.plan import Plan
+from armillary.parallel.plan import Partition, Plan
 from armillary.train.data import DataConfig
 from armillary.train.guard import GuardConfig
 from armillary.train.metrics import MetricsConfig
@@ -34,6 +34,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     plan: Plan = field(default_factory=Plan)
+    partition: Partition = field(default_factory=Partition)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)

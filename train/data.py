@@ -1,14 +1,10 @@
-"""Batches of packed sequences from text: tokenised once, cached, mixed by weight, shuffled. Imports no torch.
+"""Batches of packed sequences from tokenised sources, mixed by weight and shuffled. Imports no torch.
 
 The sequence number n of a run is a pure function of the config and n. So a run's place in its data is one number, the
 cursor, and it goes on exactly where it was, on any number of ranks.
 """
 
-import hashlib
-import json
-import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -16,18 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from armillary.train.corpus import (
-    VERSION,
-    Corpus,
-    Report,
-    Source,
-    digest,
-    find,
-    open_corpus,
-    sample,
-    threshold,
-    tokenise,
-)
+from armillary.train.cache import Report, cache_folder, digest, publish
+from armillary.train.corpus import VERSION, Corpus, open_corpus, sample, threshold, tokenise
 from armillary.train.packing import (
     IGNORE,
     Layout,
@@ -40,15 +26,13 @@ from armillary.train.packing import (
     placeholder,
     shuffled,
 )
+from armillary.train.sources import Source, find
 from armillary.train.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 
 SMALLEST_BPE = 257
 """Bytes and the end of a document."""
 LEARNT_BYTES = 8 << 20
 """How much text a tokenizer learns from, in all sources together."""
-HASHED_BYTES = 1 << 28
-"""Cached files up to this size are checked by their hash when they are opened, larger ones by their size alone."""
-MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,106 +239,3 @@ def held_out_batches(
 def _stack(sequences: list[Sequence], dataset: Dataset) -> Batch:
     columns = zip(*(sequences or [placeholder(dataset.tokenizer.end_of_document)]), strict=True)
     return Batch(*(np.stack(column) for column in columns))
-
-
-def cache_folder(setting: str, report: Report) -> Path:
-    """`setting`, or else where caches belong on this machine, or else `.cache/armillary` here."""
-    if setting:
-        return Path(setting).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    usual = Path(os.environ.get("ARMILLARY_CACHE") or Path(base) / "armillary")
-    try:
-        usual.mkdir(parents=True, exist_ok=True)
-        if os.access(usual, os.W_OK):
-            return usual
-    except OSError:
-        pass
-    here = Path(".cache/armillary").absolute()
-    report(f"{usual} cannot be written; tokens are kept in {here} (ARMILLARY_CACHE or data.cache names another place)")
-    return here
-
-
-def publish(folder: Path, build: Callable[[Path], dict[str, Any]], report: Report) -> dict[str, Any]:
-    """The manifest of a finished folder, which is built first if it is missing or damaged.
-
-    Built aside under a lock and renamed, so that it is whole or absent, whoever is killed and however many build at
-    once. The manifest is what `build(folder)` returned, with size and hash of every file.
-
-    Raises:
-        OSError: if it cannot be written.
-    """
-    from filelock import FileLock, Timeout
-
-    if not isinstance(found := _check(folder), str):
-        return found
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.parent / f".{folder.name}.lock")
-        try:
-            lock.acquire(timeout=0.1)
-        except Timeout:
-            report(f"waiting for another process that prepares the same data in {folder.parent}")
-            lock.acquire()
-        try:
-            return _build(folder, build, report)
-        finally:
-            lock.release()
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"the data cache {folder.parent} cannot be written ({error.strerror}); make room there, or set data.cache "
-            "(or ARMILLARY_CACHE) to another folder",
-        ) from error
-
-
-def _build(folder: Path, build: Callable[[Path], dict[str, Any]], report: Report) -> dict[str, Any]:
-    """Under the lock: what was left half-made by a killed process is removed."""
-    if folder.exists():
-        found = _check(folder)
-        if not isinstance(found, str):
-            return found
-        report(f"{folder} is damaged ({found}); it is made again")
-        shutil.rmtree(folder)
-    for left in folder.parent.glob(f".{folder.name}.*.tmp"):
-        shutil.rmtree(left, ignore_errors=True)
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
-        aside.mkdir()
-        manifest = build(aside)
-        files = sorted(aside.iterdir())
-        manifest["files"] = {file.name: {"size": file.stat().st_size, "hash": _file_hash(file)} for file in files}
-        (aside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        for path in (*files, aside / MANIFEST, aside):
-            _sync(path)
-        os.rename(aside, folder)
-        _sync(folder.parent)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return manifest
-
-
-def _check(folder: Path) -> dict[str, Any] | str:
-    """The manifest of a folder, or what is wrong with it."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        for name, fact in manifest["files"].items():
-            if (folder / name).stat().st_size != fact["size"]:
-                return f"{name} has another size"
-            if fact["size"] <= HASHED_BYTES and _file_hash(folder / name) != fact["hash"]:
-                return f"{name} has another hash"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return manifest
-
-
-def _file_hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

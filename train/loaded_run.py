@@ -41,7 +41,7 @@ def loaded_run(run: str | Path) -> Iterator[LoadedRun]:
         path = newest_sound(folder.checkpoints, ranks, print)
         if path is None:
             raise ValueError(f"{folder.path}: has no sound checkpoint yet; continue it with --resume {folder.path}")
-        model = build_model(config.model, config.optim.precision, ranks)
+        model = build_model(config, ranks)
         for name, parameter in model.named_parameters():
             place(parameter, read_full(path, f"model/{name}"))
         tokenizer = load_tokenizer(folder.path, "the run's tokenizer")

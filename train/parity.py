@@ -64,7 +64,7 @@ def trace_one_process(config: RunConfig, dataset: Dataset, steps: int) -> Trace:
 
 def trace_ranks(config: RunConfig, dataset: Dataset, steps: int, ranks: Ranks) -> Trace:
     """The run under its plan, by the engine that trains; every rank returns the whole trace."""
-    model = build_model(config.model, config.optim.precision, ranks)
+    model = build_model(config, ranks)
     engine = Engine(model, ranks)
     optimizers = build_optimizers(model, config.optim, group=ranks.data, ledger=ranks.ledger)
     gather: dict[str, Any] = {"group": ranks.data, "ledger": ranks.ledger, "purpose": "parity"}

@@ -6,12 +6,13 @@ library, `tokenizers`, so that any of them can be saved beside a checkpoint and 
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from armillary.train.store import write_aside, write_json
 
 if TYPE_CHECKING:
     import tokenizers
@@ -70,8 +71,8 @@ class Tokenizer:
         read them."""
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self._end}
         Path(folder).mkdir(parents=True, exist_ok=True)
-        _write(Path(folder) / "tokenizer.json", self._inner.to_str())
-        _write(Path(folder) / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
+        write_aside(Path(folder) / "tokenizer.json", self._inner.to_str().encode())
+        write_json(Path(folder) / "tokenizer_config.json", settings)
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -211,12 +212,3 @@ def _letters() -> list[str]:
     printing = {*range(ord("!"), ord("~") + 1), *range(ord("\u00a1"), ord("\u00ac") + 1), *range(ord("\u00ae"), 256)}
     others = iter(range(256, 512))
     return [chr(byte if byte in printing else next(others)) for byte in range(256)]
-
-
-def _write(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)

@@ -46,7 +46,7 @@ class Trainer:
             attempt: a name for this start of the run, the same on all ranks and unlike that of any other start.
         """
         self.config, self.ranks, self.folder, self.dataset = config, ranks, folder, dataset
-        self.model = build_model(config.model, config.optim.precision, ranks)
+        self.model = build_model(config, ranks)
         self.engine = Engine(self.model, ranks)
         self.optimizers = build_optimizers(self.model, config.optim, group=ranks.data, ledger=ranks.ledger)
         self.guard = Guard(config.guard)

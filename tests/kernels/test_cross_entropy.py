@@ -93,6 +93,19 @@ def test_low_precision(dtype: torch.dtype, tolerance: float) -> None:
         torch.testing.assert_close(ours.double(), exact, rtol=0, atol=tolerance * float(exact.abs().max()))
 
 
+def test_bfloat16_weight_gradient_is_summed_in_float32() -> None:
+    """512 chunks of one token are no worse than one of 512: a bfloat16 sum would lose most of the small terms."""
+    hidden, weight, labels = inputs(512, 4, 16)
+    low = [t.detach().bfloat16().requires_grad_() for t in (hidden, weight)]
+    wide = [t.detach().double().requires_grad_() for t in low]
+    (truth,) = torch.autograd.grad(plain(wide[0], wide[1], labels), wide[1:])
+    many, one = (
+        torch.autograd.grad(linear_cross_entropy(low[0], low[1], labels, chunk), low[1:])[0].double()
+        for chunk in (1, 512)
+    )
+    assert (many - truth).norm() < 1.5 * (one - truth).norm()
+
+
 def test_only_what_is_asked_for_is_computed() -> None:
     hidden, weight, labels = inputs(6, 4, 9)
     frozen = weight.detach()

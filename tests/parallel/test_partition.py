@@ -6,19 +6,22 @@ import torch
 from armillary.comm.ledger import Ledger
 from armillary.parallel.mesh import make_ranks
 from armillary.parallel.partition import whole
-from armillary.parallel.plan import Plan
+from armillary.parallel.plan import Partition, Plan
 from armillary.train.build import build_model
+from armillary.train.config import RunConfig
 from armillary.train.model import Transformer, initialise
 from armillary.train.model_shape import ModelConfig
+from armillary.train.schedule import OptimConfig
 
 # Rows that 2, 3 and 4 ranks do not divide: 101 embeddings, 42 channels, 6 key and value channels.
 SHAPE = ModelConfig(dim=42, num_layers=2, num_heads=7, num_kv_heads=1, vocab_size=101, qkv_bias=True, ffn_dim=33)
 LENGTH = 9
 
 
-def sharded_step(rank: int, num_ranks: int, num_micro_batches: int) -> tuple[float, dict[str, int], int]:
+def sharded_step(rank: int, num_ranks: int, num_micro_batches: int, weights: str) -> tuple[float, dict[str, int], int]:
     ranks = make_ranks(Plan(dp=num_ranks), torch.device("cpu"))
-    model = build_model(SHAPE, "float64", ranks)
+    optim = OptimConfig(precision="float64")
+    model = build_model(RunConfig(model=SHAPE, optim=optim, partition=Partition(weights=weights)), ranks)
     one = Transformer(SHAPE).double()
     initialise(one, SHAPE.seed)
     generator = torch.Generator().manual_seed(0)
@@ -39,10 +42,10 @@ def sharded_step(rank: int, num_ranks: int, num_micro_batches: int) -> tuple[flo
         assert torch.equal(whole(mine.detach(), **check), expected.detach()), name
         difference = (whole(mine.grad, **check) - expected.grad).abs().max()
         worst = max(worst, float(difference / expected.grad.abs().max()))
-    return worst, moved, predicted_bytes(one, num_ranks, num_micro_batches)
+    return worst, moved, predicted_bytes(one, num_ranks, num_micro_batches, weights)
 
 
-def predicted_bytes(model: Transformer, num_ranks: int, num_micro_batches: int) -> tuple[int, int]:
+def predicted_bytes(model: Transformer, num_ranks: int, num_micro_batches: int, weights: str) -> tuple[int, int]:
     """Bytes a rank sends: float64 weights gathered for forward and backward, gradients scattered once."""
 
     def padded(module: torch.nn.Module) -> int:
@@ -51,13 +54,16 @@ def predicted_bytes(model: Transformer, num_ranks: int, num_micro_batches: int) 
 
     blocks = sum(padded(block) for block in model.blocks)
     root = padded(torch.nn.ModuleList([model.embedding, model.norm]))
-    # A block is gathered in each forward and again in each backward; the root stays gathered between the two.
-    return (2 * blocks + root) * num_micro_batches, blocks + root
+    # A block is gathered in each forward and, if it did not stay, again in each backward; the root always stays.
+    return ((2 if weights == "all" else 1) * blocks + root) * num_micro_batches, blocks + root
 
 
-@pytest.mark.parametrize(("num_ranks", "num_micro_batches"), [(1, 1), (2, 1), (3, 2), (4, 1), (5, 1)])
-def test_gradients_and_bytes(world, num_ranks, num_micro_batches):
-    for worst, moved, (weights, gradients) in world(sharded_step, num_ranks, num_ranks, num_micro_batches):
+CASES = [(1, 1, "all"), (2, 1, "all"), (3, 2, "all"), (3, 2, "rank"), (4, 1, "rank"), (5, 1, "all")]
+
+
+@pytest.mark.parametrize(("num_ranks", "num_micro_batches", "kept"), CASES)
+def test_gradients_and_bytes(world, num_ranks, num_micro_batches, kept):
+    for worst, moved, (weights, gradients) in world(sharded_step, num_ranks, num_ranks, num_micro_batches, kept):
         assert worst < 1e-12
         if num_ranks > 1:
             assert moved == {"weights": weights, "gradients": gradients}

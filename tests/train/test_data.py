@@ -1,6 +1,5 @@
-"""A run's data: the same sequences from any cursor on any ranks, and a cache that is whole or made again."""
+"""A run's data: the same sequences from any cursor on any ranks, made once, and made again where damaged."""
 
-import errno
 import json
 import os
 import subprocess
@@ -16,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from armillary.train import data as module
-from armillary.train.corpus import Source
-from armillary.train.data import DataConfig, Dataset, cache_folder, held_out_batches, micro_batches, prepare
+from armillary.train.data import DataConfig, Dataset, held_out_batches, micro_batches, prepare
 from armillary.train.packing import IGNORE
+from armillary.train.sources import Source
 
 
 def write(path: Path, texts: list[str]) -> Path:
@@ -241,102 +240,6 @@ def test_a_damaged_cache_is_made_again(folder: Path, tmp_path: Path, name: str, 
     assert any(" is damaged (" in line and line.endswith("; it is made again") for line in lines)
     assert again.fingerprint == good.fingerprint
     assert flat(again.sequence(3)) == wanted
-
-
-KILLED = """
-import os, signal, sys
-from armillary.train import corpus, data
-flush = corpus._Writer._flush
-def die(self):
-    flush(self)
-    self.file.flush()
-    os.kill(os.getpid(), signal.SIGKILL)
-corpus._Writer._flush = die
-source = data.Source(path=sys.argv[1])
-data.prepare(data.DataConfig(cache=sys.argv[2], tokenizer="bytes", sources=(source,)), print)
-"""
-
-
-def test_what_a_killed_process_left_is_ignored(folder: Path, tmp_path: Path) -> None:
-    source = Source(path=str(folder / "x.jsonl"))
-    done = subprocess.run([sys.executable, "-c", KILLED, source.path, str(tmp_path)], capture_output=True)
-    assert done.returncode == -9, done.stderr
-    assert len(list(tmp_path.glob("corpora/.*.tmp/tokens.npy"))) == 1
-    assert not list(tmp_path.glob("corpora/[!.]*"))
-    prepare(DataConfig(cache=str(tmp_path), tokenizer="bytes", sources=(source,)))
-    assert len(list(tmp_path.glob("corpora/[!.]*"))) == 1
-    assert not list(tmp_path.glob("corpora/.*.tmp"))
-
-
-SLOW = """
-import sys, time
-from armillary.train import data
-tokenise = data.tokenise
-def slow(*args, **kwargs):
-    time.sleep(1.0)
-    return tokenise(*args, **kwargs)
-data.tokenise = slow
-source = data.Source(path=sys.argv[1])
-print(data.prepare(data.DataConfig(cache=sys.argv[2], tokenizer="bytes", sources=(source,)), print).fingerprint)
-"""
-
-
-def test_of_several_processes_one_works_and_the_others_wait(folder: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", SLOW, str(folder / "x.jsonl"), str(tmp_path)]
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    outputs = [process.communicate(timeout=60)[0] for process in running]
-    assert [process.returncode for process in running] == [0, 0, 0]
-    assert len({output.splitlines()[-1] for output in outputs}) == 1
-    assert sum(" documents, " in output for output in outputs) == 1
-
-
-def test_a_full_disk_is_explained_and_nothing_half_made_stays(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*args: Any, **kwargs: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(np, "save", full)
-        with pytest.raises(OSError) as caught:
-            prepare(config(folder, cache=str(tmp_path)))
-    assert caught.value.errno == errno.ENOSPC
-    assert caught.value.strerror == (
-        f"the data cache {tmp_path / 'corpora'} cannot be written (No space left on device); make room there, or set "
-        "data.cache (or ARMILLARY_CACHE) to another folder"
-    )
-    assert [path.suffix for path in (tmp_path / "corpora").iterdir()] == [".lock"]
-    prepare(config(folder, cache=str(tmp_path)))
-
-
-def test_a_cache_that_is_a_file_is_explained(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(
-        OSError, match=r"the data cache .*file/corpora cannot be written \(Not a directory\); make room"
-    ):
-        prepare(config(folder, cache=str(tmp_path / "file")))
-
-
-def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines: list[str] = []
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("ARMILLARY_CACHE", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert cache_folder("", lines.append) == tmp_path / "home/.cache/armillary"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache_folder("", lines.append) == tmp_path / "xdg/armillary"
-    monkeypatch.setenv("ARMILLARY_CACHE", str(tmp_path / "own"))
-    assert cache_folder("", lines.append) == tmp_path / "own"
-    assert cache_folder("~/here", lines.append) == tmp_path / "home/here"
-    assert not lines
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("ARMILLARY_CACHE", str(tmp_path / "file/below"))
-    assert cache_folder("", lines.append) == tmp_path / ".cache/armillary"
-    assert lines == [
-        f"{tmp_path}/file/below cannot be written; tokens are kept in {tmp_path}/.cache/armillary "
-        "(ARMILLARY_CACHE or data.cache names another place)"
-    ]
 
 
 @pytest.mark.parametrize("tokenizer", ["bpe:256", "bpe:", "bpe:1e3", "bpe:-300", "bpe:" + "9" * 5000])

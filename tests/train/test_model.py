@@ -161,21 +161,23 @@ def test_is_hugging_faces_model(family: str, dtype: torch.dtype, tolerance: floa
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.booleans(), st.integers(0, 99))
 def test_packed_documents_are_each_document_alone(lengths: list[int], shuffle: bool, seed: int) -> None:
-    """Loss, logits and gradients; also when the tokens of the pack stand in any order."""
+    """Loss, logits and gradients of two rows packed differently; also when their tokens stand in any order."""
     model = build(qk_norm=True)
-    total = sum(lengths)
+    rows, total = (lengths, lengths[::-1]), sum(lengths)
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)) if shuffle else torch.arange(total)
-    tokens, labels = ids(1, total, seed=seed), ids(1, total, seed=seed + 1)
+    tokens, labels = ids(2, total, seed=seed), ids(2, total, seed=seed + 1)
     labels[0, seed % total] = IGNORE
-    positions = torch.cat([torch.arange(n) for n in lengths])[None]
-    documents = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])[None].int()
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in rows])
+    documents = torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in rows])
 
     packed = model(tokens[:, order], positions[:, order], documents[:, order], labels[:, order])
     gradients = torch.autograd.grad(packed, list(model.parameters()))
     logits = model(tokens[:, order], positions[:, order], documents[:, order])
-    alone = [model(t) for t in tokens.split(lengths, dim=1)]
-    torch.testing.assert_close(logits, torch.cat(alone, dim=1)[:, order], rtol=0, atol=1e-11)
-    losses = [model(t, labels=x) for t, x in zip(tokens.split(lengths, 1), labels.split(lengths, 1), strict=True)]
+    alone, losses = [], []
+    for row, t, x in zip(rows, tokens, labels, strict=True):
+        alone.append(torch.cat([model(part[None])[0] for part in t.split(row)]))
+        losses += [model(a[None], labels=b[None]) for a, b in zip(t.split(row), x.split(row), strict=True)]
+    torch.testing.assert_close(logits, torch.stack(alone)[:, order], rtol=0, atol=1e-11)
     torch.testing.assert_close(packed, torch.stack(losses).sum(), rtol=1e-12, atol=1e-12)
     truth = torch.autograd.grad(torch.stack(losses).sum(), list(model.parameters()))
     torch.testing.assert_close(gradients, truth, rtol=1e-9, atol=1e-11)

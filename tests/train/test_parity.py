@@ -93,7 +93,7 @@ def sabotage(what: str, rank: int) -> None:
         ["plan.dp=1"],
         ["plan.dp=2", "model.qk_norm=true", "model.qkv_bias=true"],
         ["plan.dp=3", "optim.micro_batches=2", "model.tie_embeddings=false"],
-        ["plan.dp=4", "optim.kind=muon"],
+        ["plan.dp=4", "optim.kind=muon", "partition.weights=rank", "optim.micro_batches=2"],
         ["plan.dp=3", "optim.kind=muon", "optim.micro_batches=3", "model.tie_embeddings=false"],
         ["plan.dp=5", "data.batch_size=3", "optim.micro_batches=2"],
         ["plan.dp=8", "optim.clip_norm=0"],

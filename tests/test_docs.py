@@ -1,0 +1,50 @@
+"""Every command of the documentation runs as it is written there."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def commands(page: str) -> list[str]:
+    blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line and not line.startswith("#")]
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch):
+    """A folder that looks like the root of a clone after `make setup`, with nothing run yet."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    for tool in ("armillary", "torchrun"):
+        (tmp_path / ".venv/bin" / tool).symlink_to(Path(sys.executable).parent / tool)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["docs/first-run.md"])
+def test_commands_run_as_written(clone, page):
+    found = commands(page)
+    assert len(found) >= 7
+    for command in found:
+        done = subprocess.run(
+            ["bash", "-c", command], capture_output=True, text=True, timeout=240, check=False, env=os.environ
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+
+
+def test_the_readme_begins_with_the_two_commands():
+    """`.ci/run` runs these, word for word."""
+    assert commands("README.md")[:2] == ["make demo", "make test"]
+
+
+def test_every_page_that_is_linked_exists():
+    for page in [ROOT / "README.md", *ROOT.glob("docs/*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
