@@ -4,11 +4,11 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from armillary.train.failure import FAILED, REFUSED, describe, show
+from armillary.train.failure import FAILED, REFUSED, describe, leave, show
 
 app = typer.Typer(
     name="armillary",
@@ -118,20 +118,25 @@ def _write(path: Path | None, result: dict[str, Any]) -> None:
         write_aside(path, json.dumps(result, indent=2).encode() + b"\n")
 
 
-def main() -> None:
-    """Runs a verb: exit code 0 for success, 1 for a failed check, 2 for a refused input; no tracebacks for people."""
+def run() -> int:
+    """Runs a verb: 0 for success, 1 for a failed check, 2 for a refused input; no tracebacks for people."""
+    from click import ClickException
+
     debug = "--debug" in sys.argv
     try:
         # Without its standalone mode, click returns the code of a typer.Exit.
-        sys.exit(app(standalone_mode=False))
+        return app(standalone_mode=False) or 0
     except (typer.Abort, KeyboardInterrupt):
-        sys.exit(130)
+        return 130
+    except ClickException as error:
+        error.show()
+        return REFUSED
     except Exception as error:
-        from click import ClickException
-
-        if isinstance(error, ClickException):
-            error.show()
-            sys.exit(REFUSED)
         failure = describe(error, int(os.environ.get("RANK", "0")))
         show(failure, debug)
-        sys.exit(failure.exit_code)
+        return failure.exit_code
+
+
+def main() -> NoReturn:
+    """The command `armillary`."""
+    leave(run())

@@ -41,8 +41,8 @@ def prove(
         errors = compare(load_file(Path(folder, "trace.safetensors")), trace_one_process(config, dataset, steps))
     ok = errors["worst_error"] <= TOLERANCE[dtype]
     print(
-        f"{'equal' if ok else 'DIFFERENT'}: {config.plan} against one process, {steps} steps in {dtype}: worst relative "
-        f"error {errors['worst_error']:.2e} ({errors['worst_name']}), allowed {TOLERANCE[dtype]:.0e}"
+        f"{'equal' if ok else 'DIFFERENT'}: {config.plan} against one process, {steps} steps in {dtype}: "
+        f"worst relative error {errors['worst_error']:.2e} ({errors['worst_name']}), allowed {TOLERANCE[dtype]:.0e}"
     )
     facts = {"ranks": config.plan.num_ranks, "plan": str(config.plan), "steps": steps, "dtype": dtype, "ok": ok}
     return {**errors, **facts}

@@ -30,5 +30,5 @@ class Partition:
     __pydantic_config__ = {"extra": "forbid"}
 
     weights: Literal["all", "rank"] = "all"
-    """`all`: each rank holds its shard, and gathers a block for forward and again for backward (ZeRO-3). `rank`: a block
-    gathered for forward stays whole on the rank until its backward: a third less traffic, more memory (ZeRO-2)."""
+    """`all`: each rank holds its shard, and gathers a block for forward and again for backward (ZeRO-3). `rank`: a
+    block gathered for forward stays whole until its backward: a third less traffic, more memory (ZeRO-2)."""

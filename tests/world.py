@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT_SECONDS = 120
+PRELOADED = ["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo", "numpy"]
 
 
 class RankFailure(AssertionError):
@@ -59,7 +60,7 @@ def start(fn: Callable[..., Any], num_ranks: int, folder: str, *args: Any) -> tu
     """Starts `fn(rank, *args)` on fresh processes in one gloo group that meets in `folder`; returns them and the queue
     of their results."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "numpy"])
+    context.set_forkserver_preload(PRELOADED)
     outbox = context.SimpleQueue()
     path, store = fn.__code__.co_filename, f"{folder}/store"
     ranks = [

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 
-from armillary.train.failure import ERRORS_FOLDER, guarded
+from armillary.train.failure import ERRORS_FOLDER, guarded, leave
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -43,4 +43,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

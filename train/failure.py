@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NoReturn
 
 ERRORS_FOLDER = "ARMILLARY_ERRORS"
 """Environment variable: the folder in which ranks leave their failures for the process that started them."""
@@ -53,6 +54,18 @@ def show(failure: Failure, debug: bool) -> None:
     print(f"error: {failure.message}", file=sys.stderr)
     if failure.bug and not debug:
         print("This is not your mistake. Add --debug to see the traceback, and please report it.", file=sys.stderr)
+
+
+def leave(exit_code: int) -> NoReturn:
+    """Ends this process at once, with all output written.
+
+    The usual way out may abort: a worker thread of gloo that lets go of a tensor while Python shuts down is ended by
+    Python in the middle of C++ code that forbids it ("terminate called without an active exception", seen in 1 of 10
+    exits). By now every file is closed and every group left, so there is nothing to miss.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def guarded(main: Callable[[], None], debug: bool) -> int:

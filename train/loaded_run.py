@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from armillary.parallel.mesh import Ranks, joined_ranks
-from armillary.parallel.plan import Plan
 from armillary.parallel.partition import place
+from armillary.parallel.plan import Plan
 from armillary.train.build import build_model
 from armillary.train.checkpoint import read_facts, read_full
 from armillary.train.config import RunConfig

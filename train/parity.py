@@ -21,7 +21,7 @@ from armillary.train.build import COMPUTE, build_model
 from armillary.train.config import RunConfig, load_config
 from armillary.train.data import Dataset, micro_batches, prepare
 from armillary.train.engine import Engine
-from armillary.train.failure import guarded
+from armillary.train.failure import guarded, leave
 from armillary.train.model import IGNORE, Transformer, initialise
 from armillary.train.optim import build_optimizers
 from armillary.train.schedule import learning_rate_ratio
@@ -136,4 +136,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

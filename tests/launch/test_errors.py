@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from armillary.launch.cli import main
+from armillary.launch import cli
 
 RUN = """
 [model]
@@ -32,9 +32,7 @@ def folder(tmp_path, monkeypatch):
 def run(capsys, monkeypatch, *arguments: str) -> tuple[int, str]:
     """Exit code and standard error of `armillary *arguments`."""
     monkeypatch.setattr(sys, "argv", ["armillary", *arguments])
-    with pytest.raises(SystemExit) as end:
-        main()
-    return int(end.value.code or 0), capsys.readouterr().err
+    return cli.run(), capsys.readouterr().err
 
 
 SUFFIXES = (
