@@ -33,6 +33,7 @@ def train(
     plan: PlanText = "",
     resume: Annotated[str, typer.Option(metavar="RUN", help="continue this run from its newest checkpoint")] = "",
     name: Annotated[str, typer.Option(help="name of the new run's folder in runs/")] = "",
+    output: Json = None,
     debug: Debug = False,
 ) -> None:
     """Train a model: starts the ranks that the plan needs on this machine."""
@@ -40,7 +41,9 @@ def train(
 
     if bool(config) == bool(resume):
         raise ValueError("give either a CONFIG or --resume RUN; for example: armillary train configs/demo.toml")
-    raise typer.Exit(start(config, overrides, plan, resume, name, debug))
+    result, exit_code = start(config, overrides, plan, resume, name, debug)
+    _write(output, result)
+    raise typer.Exit(exit_code)
 
 
 @app.command()

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from armillary.launch.ranks import start_ranks
 from armillary.launch.report import write_report
 from armillary.train.config import check_vocabulary, load_config
 from armillary.train.data import prepare
 from armillary.train.failure import show
+from armillary.train.metrics import FILE, latest_per_step, read_metrics
 from armillary.train.run_folder import RunFolder, create_run, open_run
 from armillary.train.store import write_aside
 
@@ -33,10 +35,20 @@ def train(config_path: Path | None, overrides: Sequence[str], plan: str, resume:
         _write_sample(folder, config.metrics.sample_prompt)
     report = write_report(folder.path)
     print(f"\nrun: {folder.path}\nreport: {report}")
+    result = {"run": str(folder.path), "plan": str(config.plan), **_last_figures(folder)}
     if failure is not None:
         show(failure, debug)
-        return failure.exit_code
-    return 0
+        return result, failure.exit_code
+    return result, 0
+
+
+def _last_figures(folder: RunFolder) -> dict[str, Any]:
+    """The last value of each metric that the run recorded."""
+    path = folder.path / FILE
+    figures: dict[str, Any] = {}
+    for row in latest_per_step(read_metrics(path)) if path.exists() else []:
+        figures |= row
+    return figures
 
 
 def _write_sample(folder: RunFolder, prompt: str) -> None:

@@ -1,40 +1,31 @@
-"""Saving a run's state in the background, and loading it on any number of ranks.
+"""Saving a run's state in the background.
 
-Saving: `Checkpointer.save` copies the state into host memory, the only stall; a thread of each rank then writes that
-rank's shards, reads them back, and describes them in a part file; rank 0's thread waits for every part, merges them
-into the manifest and publishes the folder (train/store.py has the layout). The threads meet in the file system alone:
-no collective runs beside the training. A rank that fails removes its data and leaves its reason for rank 0, which then
-removes the folder; older checkpoints stay, and training goes on.
-
-Loading: `load` fills tensors in place and reads only the pieces that this rank holds; there is no other way to load,
-so a run on the same ranks is the simplest case of resharding. (torch's DCP would do this too, but its planner sends
-pickled objects between ranks and its metadata is a pickle.)
+`Checkpointer.save` copies the state into host memory, the only stall; a thread of each rank then writes that rank's
+shards, reads them back, and describes them in a part file; rank 0's thread waits for every part, merges them into the
+manifest and publishes the folder (train/store.py has the layout, train/checkpoint_read.py loads it). The threads meet
+in the file system alone: no collective runs beside the training. A rank that fails removes its data and leaves its
+reason for rank 0, which then removes the folder; older checkpoints stay, and training goes on.
 """
 
 import errno
 import json
-import math
 import os
 import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from armillary.train.local_part import Local, local_part, owner
 from armillary.train.shards import (
-    Box,
     Manifest,
     Shard,
     Stored,
@@ -43,104 +34,18 @@ from armillary.train.shards import (
     encode_manifest,
     few,
     merge_parts,
-    pieces,
     tensor_name,
-    whole,
 )
 from armillary.train.store import (
     CheckpointConfig,
     prune,
     publish,
     read_header,
-    read_manifest,
-    safe_join,
     step_name,
     sweep,
-    verify,
     verify_file,
     write_aside,
 )
-
-DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "U16": torch.uint16,
-    "I16": torch.int16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "U32": torch.uint32,
-    "I32": torch.int32,
-    "F32": torch.float32,
-    "U64": torch.uint64,
-    "I64": torch.int64,
-    "F64": torch.float64,
-    "C64": torch.complex64,
-}
-"""By safetensors' names."""
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-# ---- What a rank holds of a tensor -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Local:
-    """This rank's part of a tensor: where it lies in the whole, its data, and whether this rank writes it."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    box: Box
-    data: Tensor
-    writes: bool
-
-
-def local_part(name: str, tensor: Tensor, rank: int) -> Local:
-    """This rank's part of a tensor: a DTensor's local shard, or the whole of a plain one.
-
-    Of the ranks that hold the same shard, the one at coordinate 0 of the replicated mesh axes writes it; a plain
-    tensor, which is the same on all ranks, rank 0.
-
-    Raises:
-        ValueError: if the tensor's dtype, or the way it is sharded, cannot be stored.
-    """
-    if tensor.dtype not in DTYPE_NAMES:
-        raise ValueError(f"tensor {name!r} is {tensor.dtype}; a checkpoint can hold {', '.join(map(str, DTYPE_NAMES))}")
-    dtype, shape = DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)
-    with torch.no_grad():
-        if not isinstance(tensor, DTensor):
-            return Local(dtype, shape, whole(shape), tensor.detach(), rank == 0)
-        coordinate = tensor.device_mesh.get_coordinate()
-        data = tensor.to_local()
-    if coordinate is None:
-        return Local(dtype, shape, Box((0,) * len(shape), (0,) * len(shape)), data, False)
-    _check_placements(name, tensor)
-    sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    assert tuple(data.shape) == tuple(sizes), f"{name}: local shape {tuple(data.shape)}, by its placements {sizes}"
-    replicas = [index for index, place in zip(coordinate, tensor.placements, strict=True) if place.is_replicate()]
-    return Local(dtype, shape, Box(tuple(offsets), tuple(sizes)), data, not any(replicas))
-
-
-def _check_placements(name: str, tensor: DTensor) -> None:
-    """Refuses what is no box: partial sums, and strided shards (FSDP over tensor parallelism) that divide unevenly."""
-    mesh: DeviceMesh = tensor.device_mesh
-    dims = [getattr(place, "dim", -1) for place in tensor.placements]
-    for axis, place in enumerate(tensor.placements):
-        if place.is_partial():
-            raise ValueError(f"tensor {name!r} is a partial sum on each rank; reduce it before it is saved or loaded")
-        stride = getattr(place, "split_factor", 1)
-        inner = math.prod(mesh.size(a) for a in range(axis + 1, mesh.ndim) if dims[a] == dims[axis])
-        outer = math.prod(mesh.size(a) for a in range(axis + 1) if dims[a] == dims[axis])
-        if stride > 1 and (stride != inner or tensor.shape[dims[axis]] % (outer * inner)):
-            raise ValueError(
-                f"tensor {name!r} {tuple(tensor.shape)}, sharded as {tensor.placements} on a mesh {tuple(mesh.shape)}, "
-                f"gives a rank rows that do not touch; choose degrees whose product divides its dim {dims[axis]}"
-            )
-
-
-# ---- Saving ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -210,7 +115,7 @@ class Checkpointer:
         unfinished = self.folder / f"{step_name(step)}.tmp-{self.attempt}-{self._number}"
         held = {tensor_name(name): local_part(name, tensor, self.rank) for name, tensor in shared.items()}
         for name in held:
-            if _owner(name) is not None:
+            if owner(name) is not None:
                 raise ValueError(f"tensor {name!r}: names that begin with 'rank-<number>/' are for a rank's own state")
         for name, tensor in own.items():
             full_name = tensor_name(f"rank-{self.rank}/{name}")
@@ -375,123 +280,3 @@ def write_tensors(path: Path, snapshot: Snapshot, num_ranks: int) -> Manifest:
 def _checksum(tensor: Tensor) -> str:
     array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
     return xxhash.xxh3_128_hexdigest(array)
-
-
-def _owner(name: str) -> int | None:
-    """The rank whose own state a stored name belongs to."""
-    match = re.match(r"rank-(\d+)/", name)
-    return int(match[1]) if match else None
-
-
-# ---- Loading ---------------------------------------------------------------------------------------------------------
-
-
-def load(
-    folder: Path, shared: Mapping[str, Tensor], own: Mapping[str, Tensor], rank: int, num_ranks: int
-) -> dict[str, Any]:
-    """Fills the given tensors in place from a checkpoint that any number of ranks saved, however sharded.
-
-    Reads only the pieces that this rank holds. The bytes are not checked again: `newest_verified` or `verify_together`
-    comes first.
-
-    Args:
-        folder: a `step-*` folder.
-        shared: plain tensors or DTensors; their names, global shapes and dtypes must be those of the checkpoint.
-        own: this rank's own state; left as it is if the checkpoint is from another number of ranks.
-        rank, num_ranks: of this run.
-
-    Returns:
-        The facts that were saved.
-
-    Raises:
-        ValueError: if the checkpoint is damaged, or is not of these tensors; nothing has been changed then, unless a
-            file is found to differ from the manifest on the way.
-    """
-    manifest = read_manifest(folder)
-    owners = (None, rank) if num_ranks == manifest.num_ranks else (None,)
-    given = dict(shared) | {f"rank-{rank}/{name}": tensor for name, tensor in own.items() if rank in owners}
-    targets = {name: local_part(name, tensor, rank) for name, tensor in given.items()}
-    stored = {name: it for name, it in manifest.tensors.items() if _owner(name) in owners}
-    _check_same(folder, targets, stored)
-    _fill(folder, manifest, targets)
-    return dict(manifest.facts)
-
-
-def read_facts(folder: Path) -> dict[str, Any]:
-    """The facts of a checkpoint. Raises ValueError if its manifest cannot be used."""
-    return dict(read_manifest(folder).facts)
-
-
-def tensor_names(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Global shape and dtype of each shared tensor: what a caller must have made before it loads."""
-    tensors = read_manifest(folder).tensors
-    return {name: (it.shape, DTYPES[it.dtype]) for name, it in tensors.items() if _owner(name) is None}
-
-
-def read_full(folder: Path, name: str) -> Tensor:
-    """One whole tensor, in host memory.
-
-    Raises:
-        ValueError: if the checkpoint is damaged or has no such tensor.
-    """
-    manifest = read_manifest(folder)
-    if name not in manifest.tensors:
-        raise ValueError(f"{folder}: has no tensor {name!r}; it has {few([repr(n) for n in manifest.tensors])}")
-    stored = manifest.tensors[name]
-    _check_sizes(folder, manifest, {shard.file for shard in stored.shards})
-    tensor = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
-    _fill(folder, manifest, {name: local_part(name, tensor, 0)})
-    return tensor
-
-
-def verify_together(folder: Path, rank: int, num_ranks: int) -> list[str]:
-    """This rank's share of `verify`: each file is read by one rank. The ranks have yet to agree on what they found."""
-    return verify(folder, slice(rank, None, num_ranks))
-
-
-def _check_same(folder: Path, targets: Mapping[str, Local], stored: Mapping[str, Stored]) -> None:
-    """Refuses a checkpoint of other tensors."""
-    wrong = [f"{name!r} is not in the checkpoint" for name in targets if name not in stored]
-    wrong += [f"{name!r} is only in the checkpoint" for name in stored if name not in targets]
-    wrong += [
-        f"{name!r} is {local.dtype} {local.shape} here and {stored[name].dtype} {stored[name].shape} in the checkpoint"
-        for name, local in targets.items()
-        if name in stored and (local.dtype, local.shape) != (stored[name].dtype, stored[name].shape)
-    ]
-    if wrong:
-        raise ValueError(
-            f"{folder} is not of this model and optimizer: {few(wrong, most=4)}. Use the config of the run that saved "
-            "it, or start a new run"
-        )
-
-
-def _check_sizes(folder: Path, manifest: Manifest, files: Iterable[str]) -> None:
-    """Refuses missing and cut files before anything is allocated or mapped."""
-    for name in sorted(files):
-        path = safe_join(folder, name)
-        size = path.stat().st_size if path.is_file() else -1
-        if size != manifest.files[name].size:
-            found = "is missing" if size < 0 else f"has {size} bytes, not {manifest.files[name].size}"
-            raise ValueError(f"{path} {found}; use an older checkpoint")
-
-
-def _fill(folder: Path, manifest: Manifest, targets: Mapping[str, Local]) -> None:
-    """Copies every piece that lies in a target's box, one file open at a time."""
-    reads: dict[str, list[tuple[str, Shard, Box]]] = {}
-    for name, local in targets.items():
-        shards = [(shard, shard.box) for shard in manifest.tensors[name].shards]
-        for shard, box in pieces(local.box, shards):
-            reads.setdefault(shard.file, []).append((name, shard, box))
-    _check_sizes(folder, manifest, reads)
-    for file_name, items in sorted(reads.items()):
-        path = safe_join(folder, file_name)
-        try:
-            with safe_open(path, framework="pt") as file, torch.no_grad():
-                for name, shard, box in items:
-                    target, stored = targets[name], file.get_slice(name)
-                    if (stored.get_dtype(), tuple(stored.get_shape())) != (target.dtype, shard.box.sizes):
-                        raise ValueError(f"{path}: holds {name!r} otherwise than the manifest says")
-                    data = stored[box.slices(shard.box)] if box.sizes else file.get_tensor(name)
-                    target.data[box.slices(target.box)].copy_(data)
-        except SafetensorError as error:
-            raise ValueError(f"{path} cannot be read ({error}); use an older checkpoint") from error

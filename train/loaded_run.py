@@ -9,7 +9,7 @@ from armillary.parallel.mesh import Ranks, joined_ranks
 from armillary.parallel.partition import place
 from armillary.parallel.plan import Plan
 from armillary.train.build import build_model
-from armillary.train.checkpoint import read_facts, read_full
+from armillary.train.checkpoint_read import read_facts, read_full
 from armillary.train.config import RunConfig
 from armillary.train.model import Transformer
 from armillary.train.restore import newest_sound

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from armillary.comm.collectives import all_reduce, broadcast_text
 from armillary.parallel.mesh import Ranks
-from armillary.train.checkpoint import load, verify_together
+from armillary.train.checkpoint_read import load, verify_together
 from armillary.train.model import Transformer
 from armillary.train.optim import Optimizers
 from armillary.train.store import complete, verify

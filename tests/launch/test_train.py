@@ -46,7 +46,7 @@ def folder(tmp_path_factory):
     for number in range(20):
         (path / f"text/{number}.txt").write_text(f"{number}: the quick brown fox jumps over the lazy dog. " * 5)
     (path / "run.toml").write_text(CONFIG)
-    done = armillary(path, "train", "run.toml", "--name", "first")
+    done = armillary(path, "train", "run.toml", "--name", "first", "--json", "first.json")
     assert done.returncode == 0, done.stderr
     (path / "first.txt").write_text(done.stdout)
     return path
@@ -73,6 +73,9 @@ def test_a_run_leaves_its_files_and_says_where(folder):
     assert "\x1b" not in told
     assert (run / "sample.txt").read_text().startswith("the")
     assert [row["step"] for row in metrics(folder, "first") if "train/loss" in row] == [1, 2, 3, 4, 5, 6]
+    result = json.loads((folder / "first.json").read_text())
+    assert (result["run"], result["plan"], result["step"]) == ("runs/first", "dp=2", 6)
+    assert result["train/loss"] > result["eval/loss"] > 0
 
 
 def test_evaluate_agrees_with_the_run(folder):

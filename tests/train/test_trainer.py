@@ -106,10 +106,12 @@ def test_a_run_learns_and_leaves_its_files(world, folder):
     assert load_config("runs/a/config.toml") == load_config("run.toml", ["plan.dp=2", "optim.steps=20"])
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
-@pytest.mark.parametrize("num_ranks", [1, 3])
-def test_a_resumed_run_is_the_unbroken_run_bit_for_bit(world, folder, kind, num_ranks):
-    overrides = [f"plan.dp={num_ranks}", f"optim.kind={kind}"]
+@pytest.mark.parametrize(
+    ("num_ranks", "kind", "precision"),
+    [(1, "adamw", "float32"), (3, "muon", "float32"), (1, "muon", "bfloat16"), (2, "adamw", "bfloat16")],
+)
+def test_a_resumed_run_is_the_unbroken_run_bit_for_bit(world, folder, num_ranks, kind, precision):
+    overrides = [f"plan.dp={num_ranks}", f"optim.kind={kind}", f"optim.precision={precision}"]
     world(train, num_ranks, folder, "whole", overrides)
     world(train, num_ranks, folder, "broken", overrides, 5)
     world(train, num_ranks, folder, "broken", overrides)

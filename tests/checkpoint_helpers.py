@@ -1,0 +1,66 @@
+"""What the tests of checkpoints share: a state that tells its step, saved and compared in full."""
+
+import torch
+
+from armillary.train.checkpoint import Checkpointer
+from armillary.train.checkpoint_read import load, read_facts
+from armillary.train.store import CheckpointConfig, read_manifest
+
+
+def state(step):
+    """A state that tells its step."""
+    return {
+        "model/w": torch.arange(60.0).reshape(12, 5) + step,
+        "model/b": torch.full((7,), step, dtype=torch.bfloat16),
+        "optimizer/step": torch.tensor(float(step)),
+    }
+
+
+def own_state(step, rank):
+    return {"rng": torch.tensor([step, rank], dtype=torch.uint8)}
+
+
+def checkpointer(folder, rank=0, num_ranks=1, attempt="a", said=None, keep=2, patience=30.0):
+    report = said.append if said is not None else lambda _: None
+    return Checkpointer(folder, CheckpointConfig(keep=keep), rank, num_ranks, attempt, report, patience)
+
+
+def save(folder, step, content=None, **kwargs):
+    """Saves and waits; returns the failure."""
+    writer = checkpointer(folder, **kwargs)
+    content = step if content is None else content
+    writer.save(step, state(content), own_state(content % 251, writer.rank), {"step": step, "content": content})
+    writer.wait()
+    return writer.failure
+
+
+def save_all(folder, step, num_ranks=3, **kwargs):
+    """Saves from several ranks at once, each in its thread; returns every rank's failure."""
+    writers = [checkpointer(folder, rank, num_ranks, **kwargs) for rank in range(num_ranks)]
+    for writer in reversed(writers):
+        writer.save(step, state(step), own_state(step, writer.rank), {"step": step, "content": step})
+    for writer in writers:
+        writer.wait()
+    return [writer.failure for writer in writers]
+
+
+def empty_like(tensors):
+    return {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+
+
+def content_of(folder, rank=0):
+    """What `save` was given, loaded on as many ranks as saved it and compared in full."""
+    num_ranks = read_manifest(folder).num_ranks
+    content = read_facts(folder)["content"]
+    expected, expected_own = state(content), own_state(content % 251, rank)
+    found, own = empty_like(expected), empty_like(expected_own)
+    load(folder, found, own, rank, num_ranks)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert torch.equal(own["rng"], expected_own["rng"])
+    return content
+
+
+def flip_bit(path, position=-1):
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
