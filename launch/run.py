@@ -16,10 +16,15 @@ from armillary.train.store import write_aside
 SAMPLE_TOKENS = 200
 
 
-def train(config_path: Path | None, overrides: Sequence[str], plan: str, resume: str, name: str, debug: bool) -> int:
-    """Runs or resumes a run on this machine; returns the exit code.
+def train(
+    config_path: Path | None, overrides: Sequence[str], plan: str, resume: str, name: str, debug: bool
+) -> tuple[dict[str, Any], int]:
+    """Runs or resumes a run on this machine.
 
     Everything that can be refused is refused here, before a rank starts or a folder is made.
+
+    Returns:
+        The last figures of the run, with its folder as `run`; and the exit code.
     """
     old = open_run(resume) if resume else None
     config = load_config(old.config if old else config_path or "", overrides, plan)

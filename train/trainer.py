@@ -10,7 +10,7 @@ from armillary.comm.collectives import broadcast_text
 from armillary.parallel.mesh import Ranks, joined_ranks
 from armillary.train.build import build_model
 from armillary.train.checkpoint import Checkpointer
-from armillary.train.config import RunConfig, check_vocabulary, load_config
+from armillary.train.config import RunConfig, check_vocabulary, dump_config, load_config
 from armillary.train.data import Batch, Dataset, held_out_batches, micro_batches, prepare
 from armillary.train.engine import Engine
 from armillary.train.failure import RunStopped
@@ -22,6 +22,7 @@ from armillary.train.optim import build_optimizers
 from armillary.train.restore import load_state, newest_sound, own_state, shared_state
 from armillary.train.run_folder import RunFolder, create_run, open_run
 from armillary.train.schedule import learning_rate_ratio
+from armillary.train.store import write_aside
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,9 @@ class Trainer:
         facts = self.restore()
         if facts is not None:
             self.guard.restore(facts["guard"])
+        if self.ranks.rank == 0:
+            # What a resume changed, the next one needs not be told again.
+            write_aside(self.folder.config, dump_config(self.config).encode())
         size = f"{num_parameters(self.config.model):,} parameters"
         start = f"resumed at step {self.progress.step}" if facts else f"{size} on {self.ranks.num_ranks} ranks"
         self.observer.begin(self.progress.step, start)

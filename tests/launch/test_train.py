@@ -107,6 +107,11 @@ def test_resume_needs_nothing_else(folder):
     done = armillary(folder, "train", "--resume", "runs/more", "--set", "optim.steps=4", "--plan", "dp=3")
     assert done.returncode == 0, done.stderr
     assert (folder / "runs/more/checkpoints/latest").read_text().strip() == "step-00000004"
+    assert "dp = 3" in (folder / "runs/more/config.toml").read_text()
+    done = armillary(folder, "train", "--resume", "more", "--set", "data.seed=9")
+    assert done.returncode == 2
+    assert "other data than the config names" in done.stderr
+    assert "seed = 9" not in (folder / "runs/more/config.toml").read_text()
 
 
 def test_a_name_that_is_taken_is_refused(folder):
