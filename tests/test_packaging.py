@@ -1,6 +1,7 @@
 """The wheel holds exactly the tree, and works when installed elsewhere."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -16,7 +17,13 @@ ROOMS = ["kernels", "comm", "parallel", "train", "launch"]
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    # From a copy: setuptools leaves a build/ behind, and would put into the next wheel what was removed since.
+    source = folder / "source"
+    for room in ROOMS:
+        shutil.copytree(ROOT / room, source / room, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, source / name)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(source)]
     subprocess.run(command, check=True, capture_output=True)
     (found,) = folder.glob("armillary-*.whl")
     return found

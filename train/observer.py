@@ -1,11 +1,14 @@
 """What a run shows and records of itself: the status line, metrics, events. Only rank 0 speaks and writes."""
 
+import math
 import statistics
 from collections import deque
 from dataclasses import asdict
+from typing import Any
 
 import torch
 
+from armillary.comm.collectives import all_reduce
 from armillary.parallel.mesh import Ranks
 from armillary.train.config import RunConfig
 from armillary.train.metrics import Ending, Meter, NullMeter, speed
@@ -20,11 +23,7 @@ class Observer:
 
     def __init__(self, config: RunConfig, ranks: Ranks, folder: RunFolder) -> None:
         self._config, self._ranks = config, ranks
-        device = ranks.device.type
-        name = torch.cuda.get_device_name(ranks.device) if device == "cuda" else "cpu"
-        # All ranks measure at once, so that each sees its share of the machine.
-        peak, self._peak_origin = peak_flops(device, name, config.optim.precision)
-        self._peak = peak and peak * ranks.num_ranks
+        self._peak, self._peak_origin = _peak_of_all(config.optim.precision, ranks)
         self._flops_per_token = flops_per_token(config.model, config.data.sequence_length)
         self._step_times: deque[float] = deque(maxlen=20)
         speaks = ranks.rank == 0
@@ -78,3 +77,14 @@ class Observer:
     def close(self, ending: Ending, message: str = "") -> None:
         self._status.close()
         self._meter.close(ending, message)
+
+
+def _peak_of_all(precision: str, ranks: Ranks) -> tuple[float | None, str]:
+    """What all ranks together could do at best, in floating-point operations per second, and where that comes from."""
+    talk: dict[str, Any] = {"group": ranks.everyone, "ledger": ranks.ledger, "purpose": "setup"}
+    # They begin together, so that ranks that share a processor measure their shares of it.
+    all_reduce(torch.zeros(1, device=ranks.device), **talk)
+    device = ranks.device.type
+    own, origin = peak_flops(device, torch.cuda.get_device_name(ranks.device) if device == "cuda" else "cpu", precision)
+    total = all_reduce(torch.tensor(own or math.nan, device=ranks.device, dtype=torch.float64), **talk).item()
+    return (total if math.isfinite(total) else None), origin
