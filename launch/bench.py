@@ -1,12 +1,15 @@
 """`armillary bench NAME`: our code beside its peers, on the same work, interleaved in one run."""
 
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from armillary.train.run_folder import machine_facts
 
 CONFIG = Path("configs/demo.toml")
 STEPS_PER_TURN = 3
@@ -25,7 +28,14 @@ def run_benchmark(name: str, repetitions: int) -> dict[str, Any]:
     width = max(len(row["name"]) for row in rows)
     for row in rows:
         print(f"{row['name']:<{width}}  {row['seconds'] * 1e3:9.1f} ms  ratio {row['ratio']:.3f}  {row['note']}")
-    return {"benchmark": name, "repetitions": repetitions, "rows": rows}
+    return {"benchmark": name, "repetitions": repetitions, "commit": _commit(), **machine_facts(), "rows": rows}
+
+
+def _commit() -> str:
+    """The commit of the working tree, with a mark if it differs; empty where there is none."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    return done.stdout.strip()
 
 
 def interleaved(turns: dict[str, Callable[[], None]], repetitions: int) -> dict[str, list[float]]:
@@ -72,7 +82,7 @@ def bench_train(repetitions: int) -> list[dict[str, Any]]:
             "seconds": median,
             "ratio": medians["bare loop"] / median,
             "bytes": 0,
-            "kind": "measured",
+            "measured": True,
             "note": f"{tokens / median:,.0f} tokens/s, one step of {tokens} tokens, 1 process, 1 thread",
         }
         for name, median in medians.items()

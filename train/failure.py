@@ -13,6 +13,8 @@ from typing import NoReturn
 ERRORS_FOLDER = "ARMILLARY_ERRORS"
 """Environment variable: the folder in which ranks leave their failures for the process that started them."""
 
+SECONDS_FOR_RANK_0 = 5
+
 REFUSED, FAILED = 2, 1
 """Exit codes: an input that was refused; a failure."""
 
@@ -80,7 +82,11 @@ def guarded(main: Callable[[], None], debug: bool) -> int:
         folder = os.environ.get(ERRORS_FOLDER)
         if folder:
             Path(folder, f"rank-{rank}.json").write_text(json.dumps(asdict(failure)))
-        elif rank == 0 or failure.bug:
+        else:
+            if rank != 0 and not failure.bug:
+                # All ranks refuse the same input. The first to leave makes torchrun end the others, so rank 0 gets
+                # the time to say it, once; what only this rank found it says itself after that.
+                time.sleep(SECONDS_FOR_RANK_0)
             show(failure, debug)
         return failure.exit_code
     return 0
