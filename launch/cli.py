@@ -93,12 +93,13 @@ def generate(
 
 
 @app.command()
-def report(run: str, debug: Debug = False) -> None:
-    """Write a run's report.html: loss, throughput, events, config, in one file."""
+def report(runs: list[str], debug: Debug = False) -> None:
+    """Write the report.html of one or more runs: loss, throughput, events, config, each in one file."""
     from armillary.launch.report import write_report
     from armillary.train.run_folder import open_run
 
-    print(write_report(open_run(run).path))
+    for folder in [open_run(run) for run in runs]:
+        print(write_report(folder.path))
 
 
 @app.command()

@@ -82,9 +82,8 @@ class Observer:
 def _peak_of_all(precision: str, ranks: Ranks) -> tuple[float | None, str]:
     """What all ranks together could do at best, in floating-point operations per second, and where that comes from."""
     talk: dict[str, Any] = {"group": ranks.everyone, "ledger": ranks.ledger, "purpose": "setup"}
-    # They begin together, so that ranks that share a processor measure their shares of it.
-    all_reduce(torch.zeros(1, device=ranks.device), **talk)
     device = ranks.device.type
-    own, origin = peak_flops(device, torch.cuda.get_device_name(ranks.device) if device == "cuda" else "cpu", precision)
+    name = torch.cuda.get_device_name(ranks.device) if device == "cuda" else "cpu"
+    own, origin = peak_flops(device, name, precision, lambda: all_reduce(torch.zeros(1, device=ranks.device), **talk))
     total = all_reduce(torch.tensor(own or math.nan, device=ranks.device, dtype=torch.float64), **talk).item()
     return (total if math.isfinite(total) else None), origin

@@ -6,6 +6,7 @@ Imports torch only inside the functions that need it.
 import re
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 BF16, FP16, FP32 = "bfloat16", "float16", "float32"
@@ -58,16 +59,19 @@ PUBLISHED: tuple[tuple[str, dict[str, float]], ...] = (
 )
 
 
-def peak_flops(device_type: str, device_name: str, dtype: object) -> tuple[float | None, str]:
+def peak_flops(
+    device_type: str, device_name: str, dtype: object, meet: Callable[[], object] = lambda: None
+) -> tuple[float | None, str]:
     """Floating-point operations per second that one device could do at best, and where the figure comes from.
 
-    `dtype` is that of the matrix products, a torch dtype or its name. A CPU is measured here and now, within about half
-    a second: let all ranks call at the same time, so that each measures its share of the machine. Of a GPU that the
-    table does not know (or a MIG slice of one) the figure is None: then MFU is left out rather than guessed.
+    `dtype` is that of the matrix products, a torch dtype or its name. A CPU is measured here and now, within about a
+    second: all ranks call, and `meet` waits for all of them before the clock starts, so that each measures its share of
+    the machine. Of a GPU that the table does not know (or a MIG slice of one) the figure is None: then MFU is left out
+    rather than guessed.
     """
     name = str(dtype).removeprefix("torch.")
     if device_type == "cpu":
-        return measured_cpu_flops(name), f"measured at the start of the run: {name} matrix products on this CPU"
+        return measured_cpu_flops(name, meet), f"measured at the start of the run: {name} matrix products on this CPU"
     words = device_name.lower()
     if re.search(r"\bmig\b", words):
         return None, f"no peak is published for a MIG slice ({device_name})"
@@ -77,8 +81,10 @@ def peak_flops(device_type: str, device_name: str, dtype: object) -> tuple[float
     return peaks[name] * TERA, f"published dense {name} peak of {device_name}"
 
 
-def measured_cpu_flops(dtype: str, seconds: float = 0.15) -> float:
+def measured_cpu_flops(dtype: str, meet: Callable[[], object] = lambda: None, seconds: float = 0.25) -> float:
     """Rate of square matrix products in `dtype` with the threads that torch has now, averaged over `seconds`.
+
+    `meet` is called once the matrices are ready.
 
     The mean and not the best, so that what other ranks take away at the same time counts.
     """
@@ -98,6 +104,7 @@ def measured_cpu_flops(dtype: str, seconds: float = 0.15) -> float:
     while size < 2048 and product_seconds(size) < 2e-3:
         size *= 2
     left, right, out = matrices(size)
+    meet()
     products, start = 0, time.perf_counter()
     while products == 0 or time.perf_counter() - start < seconds:
         torch.mm(left, right, out=out)

@@ -106,6 +106,16 @@ def test_a_run_learns_and_leaves_its_files(world, folder):
     assert load_config("runs/a/config.toml") == load_config("run.toml", ["plan.dp=2", "optim.steps=20"])
 
 
+def test_bfloat16_trains_like_float32(world, folder):
+    for precision, num_ranks in (("float32", 1), ("bfloat16", 1), ("bfloat16", 3)):
+        overrides = [f"optim.precision={precision}", f"plan.dp={num_ranks}", "checkpoint.every=0"]
+        world(train, num_ranks, folder, f"{precision}-{num_ranks}", overrides)
+    expected = losses("float32-1")
+    for run in ("bfloat16-1", "bfloat16-3"):
+        assert losses(run) != expected
+        assert all(loss == pytest.approx(expected[step], rel=0.02) for step, loss in losses(run).items())
+
+
 @pytest.mark.parametrize(
     ("num_ranks", "kind", "precision"),
     [(1, "adamw", "float32"), (3, "muon", "float32"), (1, "muon", "bfloat16"), (2, "adamw", "bfloat16")],
