@@ -1,6 +1,7 @@
 """Collectives that count what they move. Every collective of Armillary goes through here, FSDP2's too.
 
-The group is always passed in. Sums are taken in rank order, so a result is the same on every rank and in every run.
+The group is always passed in. On CPU a reduce-scatter sums in rank order, and gloo's all-reduce gives every rank the
+same bits in every run.
 """
 
 import warnings
@@ -84,12 +85,16 @@ def reduce_scatter(
     return None
 
 
-def broadcast_text(text: str, *, group: dist.ProcessGroup, ledger: Ledger, purpose: str, device: torch.device) -> str:
-    """The text of the group's rank 0, on every rank; sent as UTF-8 bytes, never as a Python object."""
+def broadcast_text(
+    text: str, *, group: dist.ProcessGroup, ledger: Ledger, purpose: str, device: torch.device, source: int = 0
+) -> str:
+    """The text of the group's rank `source`, on every rank; sent as UTF-8 bytes, never as a Python object."""
     data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
     length = torch.tensor([data.numel()], device=device)
-    broadcast(length, group=group, ledger=ledger, purpose=purpose)
-    if group.rank() != 0:
+    broadcast(length, group=group, ledger=ledger, purpose=purpose, source=source)
+    if int(length) == 0:
+        return ""
+    if group.rank() != source:
         data = torch.empty(int(length), dtype=torch.uint8, device=device)
-    broadcast(data, group=group, ledger=ledger, purpose=purpose)
+    broadcast(data, group=group, ledger=ledger, purpose=purpose, source=source)
     return bytes(data.tolist()).decode()

@@ -62,7 +62,7 @@ def _root_cause(failures: Mapping[int, "ProcessFailure"], errors: Path) -> Failu
     told = [Failure(**json.loads(path.read_text())) for path in errors.glob("rank-*.json")]
     if killed or not told:
         return _died(*(killed or list(failures.items()))[0])
-    return min(told, key=lambda failure: failure.time)
+    return min(told, key=lambda failure: (failure.follows, failure.time))
 
 
 def _died(rank: int, process: "ProcessFailure") -> Failure:

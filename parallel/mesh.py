@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from armillary.comm.collectives import all_reduce, broadcast_text
 from armillary.comm.ledger import Ledger
 from armillary.parallel.plan import Plan
 
@@ -25,6 +26,18 @@ class Ranks:
     rank: int
     num_ranks: int
     ledger: Ledger = field(default_factory=Ledger)
+
+    def agree(self, text: str, source: int = 0) -> str:
+        """The text of one rank, on every rank."""
+        talk = {"group": self.everyone, "ledger": self.ledger, "purpose": "setup"}
+        return broadcast_text(text, device=self.device, source=source, **talk)  # type: ignore[arg-type]
+
+    def largest(self, number: int) -> int:
+        """The largest of all ranks' numbers, on every rank."""
+        tensor = torch.tensor(number, device=self.device)
+        operation = dist.ReduceOp.MAX
+        all_reduce(tensor, group=self.everyone, ledger=self.ledger, purpose="setup", op=operation)
+        return int(tensor)
 
     @property
     def everyone(self) -> dist.ProcessGroup:
@@ -60,24 +73,34 @@ def check_num_ranks(plan: Plan, num_ranks: int) -> None:
 
 
 def own_device() -> torch.device:
-    """This rank's device: its GPU where there are any, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
+    """This rank's GPU, where this machine has one for each of its ranks; else the CPU.
+
+    Raises:
+        ValueError: if there are GPUs, but nothing says which one is this rank's.
+    """
+    if not torch.cuda.is_available() or torch.cuda.device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
+        return torch.device("cpu")
+    if "RANK" in os.environ and "LOCAL_RANK" not in os.environ:
+        raise ValueError("LOCAL_RANK is not set, so this rank does not know its GPU; start the ranks with torchrun")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 @contextmanager
-def joined_ranks(plan: Plan) -> Iterator[Ranks]:
+def joined_ranks(plan: Plan, device: torch.device | None = None) -> Iterator[Ranks]:
     """Joins the ranks that torchrun started (one process alone is a run of one rank), and leaves them at the end.
+
+    Args:
+        plan: what the ranks are for.
+        device: this rank's; `own_device()` when left out.
 
     Raises:
         ValueError: if the number of ranks does not fit the plan, or the port of the rendezvous is in use.
     """
-    device = own_device()
+    device = device or own_device()
     backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"
+        backend = "nccl"
     if "RANK" in os.environ:
         check_num_ranks(plan, int(os.environ["WORLD_SIZE"]))
         try:
@@ -92,5 +115,9 @@ def joined_ranks(plan: Plan) -> Iterator[Ranks]:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield make_ranks(plan, device)
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        # NCCL may wait here for ranks that are in a collective, and this one's reason would never be told.
+        if backend != "nccl":
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()

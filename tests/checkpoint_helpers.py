@@ -4,7 +4,7 @@ import torch
 
 from armillary.train.checkpoint import Checkpointer
 from armillary.train.checkpoint_read import load, read_facts
-from armillary.train.store import CheckpointConfig, read_manifest
+from armillary.train.store import CheckpointConfig, complete, read_manifest, verify
 
 
 def state(step):
@@ -64,3 +64,13 @@ def flip_bit(path, position=-1):
     data = bytearray(path.read_bytes())
     data[position] ^= 1
     path.write_bytes(data)
+
+
+def newest_verified(checkpoints, report):
+    """What one rank would resume from; each checkpoint that is passed over is reported. None if there is none."""
+    for folder in complete(checkpoints):
+        problems = verify(folder)
+        if not problems:
+            return folder
+        report(f"{folder.name}: {'; '.join(problems)}")
+    return None

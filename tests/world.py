@@ -98,7 +98,7 @@ def _collect(ranks: list[Any], outbox: Any) -> list[Any]:
             (results if ok else failures)[rank] = value
             # The first failure makes the others fail: give them a moment to say so, then stop.
             deadline = deadline if ok else min(deadline, time.monotonic() + 2)
-        dead = [r for r, p in enumerate(ranks) if p.exitcode not in (None, 0) and r not in failures]
+        dead = [r for r, p in enumerate(ranks) if p.exitcode not in (None, 0) and r not in failures | results]
         if (dead and outbox.empty() and not failures) or time.monotonic() > deadline:
             failures |= {r: f"died with exit code {ranks[r].exitcode}" for r in dead}
             failures = failures or {r: "did not answer in time" for r in range(len(ranks)) if r not in results}

@@ -69,7 +69,8 @@ class Checkpointer:
         rank, num_ranks: of the whole run.
         attempt: a short name of this start of the run, the same on all ranks and new at each start.
         report: takes a sentence about a failure; called from the thread too.
-        patience_seconds: how long rank 0 waits for the other ranks' parts.
+        patience_seconds: how long rank 0 waits for the other ranks' parts; shorter than the time that a collective
+            waits, so that a save that fails so does not end the run.
     """
 
     failure: str | None
@@ -83,7 +84,7 @@ class Checkpointer:
         num_ranks: int,
         attempt: str,
         report: Callable[[str], None],
-        patience_seconds: float = 600.0,
+        patience_seconds: float = 300.0,
     ) -> None:
         assert re.fullmatch(r"\w{1,64}", attempt), attempt
         self.folder, self.config, self.rank, self.num_ranks = Path(folder), config, rank, num_ranks

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from armillary.train.local_part import DTYPES, Local, local_part, owner
 from armillary.train.shards import Box, Manifest, Shard, Stored, few, pieces
-from armillary.train.store import read_manifest, safe_join, verify
+from armillary.train.store import read_manifest, safe_join
 
 
 def load(
@@ -23,13 +23,13 @@ def load(
 ) -> dict[str, Any]:
     """Fills the given tensors in place from a checkpoint that any number of ranks saved, however sharded.
 
-    Reads only the pieces that this rank holds. The bytes are not checked again: `newest_verified` or `verify_together`
-    comes first.
+    Reads only the pieces that this rank holds. The bytes are not checked again: `verify` comes first.
 
     Args:
         folder: a `step-*` folder.
         shared: plain tensors or DTensors; their names, global shapes and dtypes must be those of the checkpoint.
-        own: this rank's own state; left as it is if the checkpoint is from another number of ranks.
+        own: this rank's own state; left as it is if the checkpoint is from another number of ranks, or from ranks
+            with other state of their own (a GPU's generator, say).
         rank, num_ranks: of this run.
 
     Returns:
@@ -40,7 +40,9 @@ def load(
             file is found to differ from the manifest on the way.
     """
     manifest = read_manifest(folder)
-    owners = (None, rank) if num_ranks == manifest.num_ranks else (None,)
+    kept = {name for name in manifest.tensors if owner(name) == rank}
+    same = num_ranks == manifest.num_ranks and kept == {f"rank-{rank}/{name}" for name in own}
+    owners = (None, rank) if same else (None,)
     given = dict(shared) | {f"rank-{rank}/{name}": tensor for name, tensor in own.items() if rank in owners}
     targets = {name: local_part(name, tensor, rank) for name, tensor in given.items()}
     stored = {name: it for name, it in manifest.tensors.items() if owner(name) in owners}
@@ -52,12 +54,6 @@ def load(
 def read_facts(folder: Path) -> dict[str, Any]:
     """The facts of a checkpoint. Raises ValueError if its manifest cannot be used."""
     return dict(read_manifest(folder).facts)
-
-
-def tensor_names(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Global shape and dtype of each shared tensor: what a caller must have made before it loads."""
-    tensors = read_manifest(folder).tensors
-    return {name: (it.shape, DTYPES[it.dtype]) for name, it in tensors.items() if owner(name) is None}
 
 
 def read_full(folder: Path, name: str) -> Tensor:
@@ -74,11 +70,6 @@ def read_full(folder: Path, name: str) -> Tensor:
     tensor = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
     _fill(folder, manifest, {name: local_part(name, tensor, 0)})
     return tensor
-
-
-def verify_together(folder: Path, rank: int, num_ranks: int) -> list[str]:
-    """This rank's share of `verify`: each file is read by one rank. The ranks have yet to agree on what they found."""
-    return verify(folder, slice(rank, None, num_ranks))
 
 
 def _check_same(folder: Path, targets: Mapping[str, Local], stored: Mapping[str, Stored]) -> None:

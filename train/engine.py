@@ -53,9 +53,11 @@ class Engine:
             facts = [count_labels(batch), dataset.label_bytes(batch.labels)]
             sums += torch.stack([loss, *torch.tensor(facts, dtype=torch.float64, device=loss.device)])
         self.model.train()
-        if isinstance(self.model, FSDPModule):
-            # Without a backward pass the root's parameters would stay whole, and be saved and loaded as such.
-            self.model.reshard()
+        # Without a backward pass, what stays gathered after forward would stay so, and be saved and loaded as such: in
+        # the compute dtype, not the weights' own. FSDP2's reshard takes one module at a time.
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
         loss, labels, num_bytes = self._reduce(sums).tolist()
         return loss / max(labels, 1.0), loss / max(num_bytes, 1.0) / 0.6931471805599453
 

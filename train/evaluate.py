@@ -5,16 +5,18 @@ from typing import Any
 from armillary.train.data import held_out_batches, prepare
 from armillary.train.engine import Engine
 from armillary.train.loaded_run import loaded_run
+from armillary.train.restore import check_same_data
 
 
 def evaluate_run(run: str) -> dict[str, Any]:
     """Loss (nats a token) and bits per byte over all held-out sequences, with the newest sound checkpoint.
 
     Raises:
-        ValueError: if there is no such run, it has no sound checkpoint, or its corpus holds nothing out.
+        ValueError: if there is no such run, it has no sound checkpoint, its corpus holds nothing out or has changed.
     """
     with loaded_run(run) as loaded:
         dataset = prepare(loaded.config.data, print)
+        check_same_data(loaded.checkpoint, loaded.facts, dataset)
         if dataset.num_held_out == 0:
             raise ValueError(f"{run}: the corpus holds nothing out; set data.held_out above 0 and train again")
         batches = held_out_batches(dataset, None, loaded.config.data.batch_size, 0, 1)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import time
 import traceback
@@ -13,7 +14,7 @@ from typing import NoReturn
 ERRORS_FOLDER = "ARMILLARY_ERRORS"
 """Environment variable: the folder in which ranks leave their failures for the process that started them."""
 
-SECONDS_FOR_RANK_0 = 5
+SECONDS_FOR_THE_FIRST = 5
 
 REFUSED, FAILED = 2, 1
 """Exit codes: an input that was refused; a failure."""
@@ -25,7 +26,7 @@ class RunStopped(Exception):
 
 @dataclass(frozen=True)
 class Failure:
-    """Why one rank ended. A `bug` is ours; all else is told without a traceback."""
+    """Why one rank ended. A `bug` is ours, all else is told without a traceback; `follows` that of another rank."""
 
     rank: int
     message: str
@@ -33,12 +34,18 @@ class Failure:
     exit_code: int
     bug: bool
     time: float
+    follows: bool = False
 
 
 def describe(error: BaseException, rank: int = 0) -> Failure:
     """The failure that an exception stands for: ValueError and OSError are refused input, RunStopped a failed run."""
-    bug = not isinstance(error, (ValueError, OSError, RunStopped))
     text = str(error) or type(error).__name__
+    bug = not isinstance(error, (ValueError, OSError, RunStopped))
+    follows = bug and re.search("Connection (closed|reset) by peer|Broken pipe", text) is not None
+    if follows:
+        bug, text = False, f"rank {rank} lost its connection to another rank, which failed first: {text}"
+    if type(error).__name__ == "OutOfMemoryError":
+        bug, text = False, f"{text}\nRaise optim.micro_batches or plan.dp, or lower data.batch_size."
     return Failure(
         rank=rank,
         message=f"{type(error).__name__}: {text}" if bug else text,
@@ -46,6 +53,7 @@ def describe(error: BaseException, rank: int = 0) -> Failure:
         exit_code=REFUSED if isinstance(error, (ValueError, OSError)) else FAILED,
         bug=bug,
         time=time.time(),
+        follows=follows,
     )
 
 
@@ -83,10 +91,11 @@ def guarded(main: Callable[[], None], debug: bool) -> int:
         if folder:
             Path(folder, f"rank-{rank}.json").write_text(json.dumps(asdict(failure)))
         else:
-            if rank != 0 and not failure.bug:
-                # All ranks refuse the same input. The first to leave makes torchrun end the others, so rank 0 gets
-                # the time to say it, once; what only this rank found it says itself after that.
-                time.sleep(SECONDS_FOR_RANK_0)
+            if failure.follows or (rank != 0 and not failure.bug):
+                # All ranks refuse the same input, and those that lost a neighbour only follow it. The first to leave
+                # makes torchrun end the others, so that the right one speaks, once; what only this rank found it says
+                # itself after a while.
+                time.sleep(SECONDS_FOR_THE_FIRST)
             show(failure, debug)
         return failure.exit_code
     return 0

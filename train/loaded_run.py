@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from armillary.parallel.mesh import Ranks, joined_ranks
 from armillary.parallel.partition import place
@@ -25,7 +26,13 @@ class LoadedRun:
     ranks: Ranks
     model: Transformer
     tokenizer: Tokenizer
-    step: int
+    checkpoint: Path
+    facts: dict[str, Any]
+    """What was saved with the checkpoint."""
+
+    @property
+    def step(self) -> int:
+        return int(self.facts["progress"]["step"])
 
 
 @contextmanager
@@ -45,4 +52,4 @@ def loaded_run(run: str | Path) -> Iterator[LoadedRun]:
         for name, parameter in model.named_parameters():
             place(parameter, read_full(path, f"model/{name}"))
         tokenizer = load_tokenizer(folder.path, "the run's tokenizer")
-        yield LoadedRun(config, ranks, model, tokenizer, read_facts(path)["progress"]["step"])
+        yield LoadedRun(config, ranks, model, tokenizer, path, read_facts(path))

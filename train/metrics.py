@@ -68,11 +68,10 @@ def speed(
     seconds: float,
     ranks: int,
     *,
-    steps: int = 1,
     flops_per_token: float = 0,
     peak_flops: float | None = None,
 ) -> dict[str, float]:
-    """The `perf/` metrics of `steps` steps in which all ranks together trained on `tokens` tokens in `seconds`.
+    """The `perf/` metrics of a step in which all ranks together trained on `tokens` tokens in `seconds`.
 
     `peak_flops` is that of all ranks together, in operations per second; without it there is no `perf/mfu`, which is
     tokens per second times `flops_per_token` over `peak_flops`, a fraction.
@@ -81,7 +80,7 @@ def speed(
     figures = {
         "perf/tokens_per_sec_per_rank": rate / ranks,
         "perf/tokens_per_sec": rate,
-        "perf/step_time": seconds / steps,
+        "perf/step_time": seconds,
     }
     return figures | ({"perf/mfu": rate * flops_per_token / peak_flops} if peak_flops else {})
 

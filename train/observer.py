@@ -30,10 +30,10 @@ class Observer:
         self._status = Status(config.optim.steps) if speaks else NullStatus()
         self._meter = Meter(folder.path, config.metrics, asdict(config), self.note) if speaks else NullMeter()
 
-    def begin(self, step: int, message: str) -> None:
+    def begin(self, step: int, message: str, **facts: object) -> None:
         """The run starts, or goes on, at a step."""
         peak = {"peak_flops": self._peak, "peak_origin": self._peak_origin} if self._peak else {}
-        facts = {"parameters": num_parameters(self._config.model), "flops_per_token": self._flops_per_token} | peak
+        facts |= {"parameters": num_parameters(self._config.model), "flops_per_token": self._flops_per_token} | peak
         self.event(step, "resume" if step else "begin", message, ranks=self._ranks.num_ranks, **facts)
 
     def step(self, step: int, tokens: int, seconds: float, loss: float, norm: float, learning_rate: float) -> None:
@@ -49,7 +49,6 @@ class Observer:
         )
         memory = peak_memory_gib(self._ranks.device.type)
         moved = {f"comm/bytes_{name}": count for name, count in self._ranks.ledger.by_purpose().items()}
-        self._ranks.ledger.clear()
         if self._config.metrics.row_due(step, self._config.optim.steps):
             train = {"train/loss": loss, "train/grad_norm": norm, "train/learning_rate": learning_rate}
             row = {**train, "train/tokens": tokens, **figures, "mem/peak_gib": memory, **moved}

@@ -125,7 +125,7 @@ def main() -> int:
         from safetensors.torch import save_file
 
         config = load_config(folder / "config.toml")
-        with joined_ranks(config.plan) as ranks:
+        with joined_ranks(config.plan, torch.device("cpu")) as ranks:
             trace = trace_ranks(config, prepare(config.data, lambda _: None), steps, ranks)
             if ranks.rank == 0:
                 save_file(

@@ -6,18 +6,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
-from armillary.comm.collectives import all_reduce, broadcast_text
 from armillary.parallel.mesh import Ranks
-from armillary.train.checkpoint_read import load, verify_together
+from armillary.train.checkpoint_read import load
+from armillary.train.data import Dataset
 from armillary.train.model import Transformer
 from armillary.train.optim import Optimizers
+from armillary.train.shards import few
 from armillary.train.store import complete, verify
 
 
 def shared_state(model: Transformer, optimizers: Optimizers) -> dict[str, Tensor]:
     """Weights and optimizer state: what the ranks hold together, whatever their number."""
     weights: dict[str, Tensor] = {f"model/{name}": parameter for name, parameter in model.named_parameters()}
+    # A gathered copy in the compute dtype must never pass for the weights.
+    assert all(isinstance(weight, DTensor) for weight in weights.values()) or not isinstance(model, FSDPModule)
     return weights | optimizers.state_tensors()
 
 
@@ -44,18 +49,30 @@ def load_state(path: Path, model: Transformer, optimizers: Optimizers, ranks: Ra
     return facts
 
 
+def check_same_data(path: Path, facts: dict[str, Any], dataset: Dataset) -> None:
+    """Refuses a checkpoint that was trained on other data.
+
+    Raises:
+        ValueError: naming the keys that may have changed.
+    """
+    if facts["data"] != dataset.fingerprint:
+        raise ValueError(
+            f"{path}: was trained on other data than the config names (data.sources, data.tokenizer, "
+            "data.sequence_length, data.held_out or data.seed changed, or a file did); put the old ones back, or "
+            "start a new run"
+        )
+
+
 def newest_sound(folder: Path, ranks: Ranks, note: Callable[[str], None]) -> Path | None:
     """The newest complete checkpoint in which no rank found a fault; each checks its share of the files.
 
     A faulty one is named, with its faults, and the one before it is tried.
     """
     found = "\n".join(path.name for path in complete(folder)) if ranks.rank == 0 else ""
-    talk: dict[str, Any] = {"group": ranks.everyone, "ledger": ranks.ledger, "purpose": "setup"}
-    names = broadcast_text(found, device=ranks.device, **talk)
-    for name in names.split():
-        problems = verify_together(folder / name, ranks.rank, ranks.num_ranks)
-        if all_reduce(torch.tensor(len(problems), device=ranks.device), **talk).item() == 0:
+    for name in ranks.agree(found).split():
+        problems = verify(folder / name, slice(ranks.rank, None, ranks.num_ranks))
+        finder = ranks.largest(ranks.rank if problems else -1)
+        if finder < 0:
             return folder / name
-        if ranks.rank == 0:
-            note(f"{folder / name} is not sound and is passed over: {'; '.join(verify(folder / name))}")
+        note(f"{folder / name} is not sound and is passed over: {ranks.agree(few(problems), source=finder)}")
     return None

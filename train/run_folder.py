@@ -1,9 +1,11 @@
 """The folder of a run: where its config, metrics, checkpoints, sample and report are. Imports no torch."""
 
+import errno
 import os
 import platform
 import re
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from importlib import metadata
@@ -55,23 +57,28 @@ def create_run(config: RunConfig, config_path: str | Path, name: str, tokenizer:
             f"--name {name!r}: use letters, digits, '.', '-' and '_' only, starting with a letter or digit"
         )
     stamp = time.strftime(f"{Path(config_path).stem}-%Y%m%d-%H%M%S")
-    path = _make_first([name] if name else [stamp, *(f"{stamp}-{number}" for number in range(2, 100))])
-    folder = RunFolder(path)
-    write_aside(folder.config, dump_config(config).encode())
-    write_json(path / "run.json", machine_facts())
-    tokenizer.save(path)
-    return folder
+    names = [name] if name else [stamp, *(f"{stamp}-{number}" for number in range(2, 100))]
+    # Made aside, so that a kill leaves no folder that is neither a run nor a free name.
+    ROOT.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".new-", dir=ROOT, ignore_cleanup_errors=True) as made:
+        aside = RunFolder(Path(made) / "run")
+        aside.path.mkdir()
+        write_aside(aside.config, dump_config(config).encode())
+        write_json(aside.path / "run.json", machine_facts())
+        tokenizer.save(aside.path)
+        return RunFolder(_move_to_first(aside.path, [ROOT / name for name in names]))
 
 
-def _make_first(names: list[str]) -> Path:
-    """Makes the first folder of those that does not exist yet."""
-    for name in names:
+def _move_to_first(made: Path, paths: list[Path]) -> Path:
+    """Renames a folder to the first of the paths that is free."""
+    for path in paths:
         try:
-            (ROOT / name).mkdir(parents=True)
-            return ROOT / name
-        except FileExistsError:
-            continue
-    path = ROOT / names[0]
+            os.rename(made, path)
+            return path
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                raise
+    path = paths[0]
     raise ValueError(f"{path} exists; continue it with `armillary train --resume {path}`, or choose another --name")
 
 

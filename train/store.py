@@ -17,7 +17,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -262,16 +262,6 @@ def complete(checkpoints: Path) -> list[Path]:
         return []
     found = [(match, path) for path in checkpoints.iterdir() if (match := _COMPLETE.fullmatch(path.name))]
     return [path for _, path in sorted(found, key=lambda it: (-int(it[0][1]), it[0][2] or ""))]
-
-
-def newest_verified(checkpoints: Path, report: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint without a problem; each one passed over is reported, with its problems. None if none is."""
-    for folder in complete(checkpoints):
-        problems = verify(folder)
-        if not problems:
-            return folder
-        report(f"checkpoint {folder.name} is damaged and is left aside: {few(problems)}")
-    return None
 
 
 def publish(unfinished: Path, step: int) -> Path:

@@ -4,11 +4,14 @@ import argparse
 import secrets
 import time
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from armillary.comm.collectives import broadcast_text
+from filelock import FileLock, Timeout
+
 from armillary.parallel.mesh import Ranks, joined_ranks
 from armillary.train.build import build_model
+from armillary.train.cache import digest
 from armillary.train.checkpoint import Checkpointer
 from armillary.train.config import RunConfig, check_vocabulary, dump_config, load_config
 from armillary.train.data import Batch, Dataset, held_out_batches, micro_batches, prepare
@@ -19,7 +22,7 @@ from armillary.train.metrics import Ending
 from armillary.train.model_shape import num_parameters
 from armillary.train.observer import Observer
 from armillary.train.optim import build_optimizers
-from armillary.train.restore import load_state, newest_sound, own_state, shared_state
+from armillary.train.restore import check_same_data, load_state, newest_sound, own_state, shared_state
 from armillary.train.run_folder import RunFolder, create_run, open_run
 from armillary.train.schedule import learning_rate_ratio
 from armillary.train.store import write_aside
@@ -77,13 +80,16 @@ class Trainer:
             # What a resume changed, the next one needs not be told again.
             write_aside(self.folder.config, dump_config(self.config).encode())
         size = f"{num_parameters(self.config.model):,} parameters"
-        start = f"resumed at step {self.progress.step}" if facts else f"{size} on {self.ranks.num_ranks} ranks"
-        self.observer.begin(self.progress.step, start)
+        where = f"{self.ranks.num_ranks} ranks ({self.ranks.device.type})"
+        start = f"resumed at step {self.progress.step} on {where}" if facts else f"{size} on {where}"
+        sizes = {"train_tokens": self.dataset.train_size.tokens, "held_out_tokens": self.dataset.held_out_size.tokens}
+        self.observer.begin(self.progress.step, start, **sizes)
         if facts is None:
             self.evaluate_if_due()
 
     def train_step(self) -> None:
         """One optimizer step, or none if the guard finds the loss or the gradient unsound."""
+        self.ranks.ledger.clear()
         started = time.perf_counter()
         ratio = learning_rate_ratio(self.config.optim, self.progress.step)
         loss = self.engine.forward_backward(self.take_batches()).item()
@@ -127,6 +133,7 @@ class Trainer:
                 return
             explanation += " There is no checkpoint to go back to; set checkpoint.every lower."
         self.observer.event(step, "stop", explanation)
+        self.checkpointer.wait()
         raise RunStopped(explanation)
 
     def evaluate_if_due(self) -> None:
@@ -165,12 +172,7 @@ class Trainer:
         if path is None:
             return None
         facts = load_state(path, self.model, self.optimizers, self.ranks)
-        if facts["data"] != self.dataset.fingerprint:
-            raise ValueError(
-                f"{path}: was trained on other data than the config names (data.sources, data.tokenizer, "
-                "data.sequence_length, data.held_out or data.seed changed, or a file did); put the old ones back, or "
-                "start a new run"
-            )
+        check_same_data(path, facts, self.dataset)
         self.progress = Progress(**facts["progress"])
         return facts
 
@@ -182,8 +184,10 @@ def run_rank(options: argparse.Namespace) -> None:
     dataset = prepare(config.data, print)
     check_vocabulary(config, dataset.vocab_size)
     with joined_ranks(config.plan) as ranks:
+        _check_same_everywhere(config, dataset, ranks)
         folder = _agreed_folder(config, options, dataset, ranks)
-        trainer = Trainer(config, ranks, folder, dataset, _agree(secrets.token_hex(4), ranks))
+        lock = _take(folder, ranks)  # noqa: F841 (held until the process ends)
+        trainer = Trainer(config, ranks, folder, dataset, ranks.agree(secrets.token_hex(4)))
         ending: Ending = "failed"
         message = ""
         try:
@@ -199,16 +203,40 @@ def run_rank(options: argparse.Namespace) -> None:
             trainer.observer.close(ending, message)
 
 
+def _check_same_everywhere(config: RunConfig, dataset: Dataset, ranks: Ranks) -> None:
+    """Refuses ranks that read another config or other data than rank 0, as nodes with files of their own may."""
+    own = digest(dataset.fingerprint, dump_config(config))
+    if ranks.largest(int(ranks.agree(own) != own)):
+        raise ValueError(
+            "the ranks have different configs or different data (data.sources); put the config and the data where all "
+            "machines see the same files, with the same version of Python for stdlib"
+        )
+
+
 def _agreed_folder(config: RunConfig, options: argparse.Namespace, dataset: Dataset, ranks: Ranks) -> RunFolder:
     """The run's folder, made by rank 0 where the run is new."""
     if options.resume:
         return open_run(options.resume)
     made = ""
     if ranks.rank == 0:
-        made = str(create_run(config, options.config, options.name, dataset.tokenizer).path)
-    return open_run(_agree(made, ranks))
+        made = str(create_run(config, options.config, options.name, dataset.tokenizer).path.absolute())
+    made = ranks.agree(made)
+    if not Path(made).is_dir():
+        raise ValueError(
+            f"{made}: rank {ranks.rank} does not see it; runs/ must be on a file system that all ranks share"
+        )
+    return RunFolder(Path(made))
 
 
-def _agree(text: str, ranks: Ranks) -> str:
-    """Rank 0's text, on every rank."""
-    return broadcast_text(text, group=ranks.everyone, ledger=ranks.ledger, purpose="setup", device=ranks.device)
+def _take(folder: RunFolder, ranks: Ranks) -> FileLock:
+    """Keeps every other process from training this run, until this one ends."""
+    lock = FileLock(folder.path / ".lock")
+    taken = 0
+    if ranks.rank == 0:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            taken = 1
+    if ranks.largest(taken):
+        raise ValueError(f"{folder.path}: another process is training this run; wait for it or stop it")
+    return lock

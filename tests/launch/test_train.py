@@ -88,6 +88,16 @@ def test_evaluate_agrees_with_the_run(folder):
     assert found["bits_per_byte"] == pytest.approx(last["eval/bits_per_byte"], rel=1e-5)
 
 
+def test_evaluate_refuses_data_that_changed(folder):
+    (folder / "text/new.txt").write_text("a file that was not there before")
+    try:
+        done = armillary(folder, "evaluate", "first")
+        assert done.returncode == 2
+        assert "other data than the config names" in done.stderr
+    finally:
+        (folder / "text/new.txt").unlink()
+
+
 def test_generate_continues_a_prompt_the_same_way_twice(folder):
     arguments = ["generate", "first", "fox ", "--tokens", "20", "--seed", "3"]
     first, second = (armillary(folder, *arguments) for _ in range(2))

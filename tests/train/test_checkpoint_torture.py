@@ -14,12 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_helpers import checkpointer, content_of, empty_like, flip_bit, save, save_all
+from checkpoint_helpers import checkpointer, content_of, empty_like, flip_bit, newest_verified, save, save_all
 from safetensors import SafetensorError
 
 from armillary.train import checkpoint as under_test
 from armillary.train.checkpoint_read import load
-from armillary.train.store import newest_verified
 
 DISK_CALLS = ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir")
 

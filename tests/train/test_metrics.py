@@ -206,10 +206,10 @@ def test_full_disk_loses_rows_but_not_the_run(tmp_path: Path) -> None:
 
 
 def test_speed_is_tokens_over_seconds_and_mfu_a_fraction_of_the_peak() -> None:
-    assert speed(4000, 2.0, 4, steps=2, flops_per_token=6e6, peak_flops=48e9) == {
+    assert speed(4000, 2.0, 4, flops_per_token=6e6, peak_flops=48e9) == {
         "perf/tokens_per_sec": 2000.0,
         "perf/tokens_per_sec_per_rank": 500.0,
-        "perf/step_time": 1.0,
+        "perf/step_time": 2.0,
         "perf/mfu": 0.25,
     }
     assert "perf/mfu" not in speed(4000, 2.0, 4, flops_per_token=6e6)

@@ -8,6 +8,7 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
+from checkpoint_helpers import newest_verified
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save, save_file
@@ -16,7 +17,6 @@ from armillary.train import store
 from armillary.train.shards import Box, Manifest, Shard, Stored, StoredFile, encode_manifest
 from armillary.train.store import (
     complete,
-    newest_verified,
     prune,
     publish,
     read_header,

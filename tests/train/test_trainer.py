@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from armillary.parallel.mesh import make_ranks
 from armillary.train import trainer as trainer_module
@@ -129,6 +130,27 @@ def test_a_resumed_run_is_the_unbroken_run_bit_for_bit(world, folder, num_ranks,
     assert losses("broken") == losses("whole")
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_checkpoint_after_an_evaluation_holds_the_weights_themselves(world, folder, precision):
+    """With weights kept whole from forward to backward, an evaluation has no backward that would let go of them."""
+    overrides = ["plan.dp=2", "partition.weights=rank", f"optim.precision={precision}", "metrics.evaluate_every=1"]
+    world(train, 2, folder, "whole", overrides)
+    world(train, 2, folder, "broken", overrides, 5)
+    saved = read_manifest(complete(Path("runs/broken/checkpoints"))[0]).tensors
+    assert {len(stored.shards) for name, stored in saved.items() if name.startswith("model/blocks.0")} == {2}
+    assert {stored.dtype for name, stored in saved.items() if name.startswith("model/")} == {"F32"}
+    world(train, 2, folder, "broken", overrides)
+    assert weights("broken") == weights("whole")
+
+
+def test_a_step_moves_the_same_bytes_whether_or_not_it_follows_an_evaluation(world, folder):
+    world(train, 2, folder, "a", ["plan.dp=2", "metrics.evaluate_every=3"])
+    rows = [row for row in read_metrics(Path("runs/a/metrics.jsonl")) if "train/loss" in row]
+    for purpose in ("weights", "gradients", "statistics"):
+        assert len({row[f"comm/bytes_{purpose}"] for row in rows}) == 1
+    assert not [key for row in rows for key in row if key == "comm/bytes_setup"]
+
+
 def test_a_run_crosses_to_other_numbers_of_ranks(world, folder):
     world(train, 3, folder, "whole", ["plan.dp=3"])
     for stop_at, num_ranks in ((3, 3), (5, 1), (7, 2), (None, 4)):
@@ -232,6 +254,31 @@ def test_a_checkpoint_of_another_model_or_corpus_is_refused(world, folder):
     assert "other data than the config names" in message
     (message,) = world(refused, 1, folder, ["optim.steps=9"])
     assert message == "accepted"
+
+
+def ranks_with_different_data(rank: int, folder: Path) -> str:
+    os.chdir(folder)
+    config = load_config("run.toml", ["plan.dp=2", f"data.seed={rank}"])
+    ranks = make_ranks(config.plan, torch.device("cpu"))
+    with pytest.raises(ValueError) as caught:
+        trainer_module._check_same_everywhere(config, prepare(config.data), ranks)
+    return str(caught.value)
+
+
+def test_ranks_that_read_different_data_are_refused(world, folder):
+    messages = world(ranks_with_different_data, 2, folder)
+    assert all("different configs or different data" in message for message in messages)
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(folder):
+    options = argparse.Namespace(
+        config="run.toml", resume="", name="one", overrides=["optim.steps=2"], plan="", debug=False
+    )
+    trainer_module.run_rank(options)
+    with FileLock("runs/one/.lock"):
+        options.config, options.resume = "", "one"
+        with pytest.raises(ValueError, match="another process is training this run"):
+            trainer_module.run_rank(options)
 
 
 def test_the_labels_without_a_loss_are_the_same_everywhere():
