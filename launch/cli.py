@@ -41,6 +41,8 @@ def train(
 
     if bool(config) == bool(resume):
         raise ValueError("give either a CONFIG or --resume RUN; for example: armillary train configs/demo.toml")
+    if resume and name:
+        raise ValueError(f"--name {name}: a resumed run keeps its name; leave --name out")
     result, exit_code = start(config, overrides, plan, resume, name, debug)
     _write(output, result)
     raise typer.Exit(exit_code)
@@ -124,18 +126,17 @@ def _write(path: Path | None, result: dict[str, Any]) -> None:
 
 def run() -> int:
     """Runs a verb: 0 for success, 1 for a failed check, 2 for a refused input; no tracebacks for people."""
-    from click import ClickException
-
     debug = "--debug" in sys.argv
     try:
         # Without its standalone mode, click returns the code of a typer.Exit.
         return app(standalone_mode=False) or 0
     except (typer.Abort, KeyboardInterrupt):
         return 130
-    except ClickException as error:
-        error.show()
-        return REFUSED
     except Exception as error:
+        if callable(tell := getattr(error, "show", None)):
+            # A mistake in the usage. typer's exceptions are click's in some versions, and its own in others.
+            tell()
+            return REFUSED
         failure = describe(error, int(os.environ.get("RANK", "0")))
         show(failure, debug)
         return failure.exit_code

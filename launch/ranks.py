@@ -23,7 +23,7 @@ def start_ranks(num_ranks: int, module: str, arguments: Sequence[str], debug: bo
     Returns the first failure among the ranks, or None when all of them ended well. If one fails, the others are
     stopped. An interrupt stops them too.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -32,24 +32,26 @@ def start_ranks(num_ranks: int, module: str, arguments: Sequence[str], debug: bo
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     # The ranks of one machine speak over loopback, so a host name that does not resolve cannot stop them.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=num_ranks,
-        run_id=str(uuid.uuid4()),
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        local_addr="localhost",
-        max_restarts=0,
-    )
-    with tempfile.TemporaryDirectory(prefix="armillary-") as errors:
-        os.environ[ERRORS_FOLDER] = errors
+    with tempfile.TemporaryDirectory(prefix="armillary-") as folder:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=num_ranks,
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+            run_id=str(uuid.uuid4()),
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            local_addr="localhost",
+            max_restarts=0,
+        )
+        os.environ[ERRORS_FOLDER] = folder
         try:
             elastic_launch(config, sys.executable)("-m", module, *arguments)
         except ChildFailedError as error:
-            return _root_cause(error.failures, Path(errors))
+            return _root_cause(error.failures, Path(folder))
         except SignalException as interrupt:
-            raise KeyboardInterrupt from interrupt
+            name, code = signal.Signals(interrupt.sigval).name, 128 + interrupt.sigval
+            return Failure(0, f"stopped by {name}", traceback="", exit_code=code, bug=False, time=0.0)
         finally:
             del os.environ[ERRORS_FOLDER]
     return None
@@ -57,12 +59,16 @@ def start_ranks(num_ranks: int, module: str, arguments: Sequence[str], debug: bo
 
 def _root_cause(failures: Mapping[int, "ProcessFailure"], errors: Path) -> Failure:
     """Why the ranks failed: the one that a signal ended, for the others only lost their connection to it; else the
-    first that told."""
-    killed = [(rank, it) for rank, it in failures.items() if it.exitcode < 0 and it.exitcode != -signal.SIGTERM]
+    first that told. SIGTERM counts last, since it is also how the agent stops the others."""
     told = [Failure(**json.loads(path.read_text())) for path in errors.glob("rank-*.json")]
-    if killed or not told:
-        return _died(*(killed or list(failures.items()))[0])
-    return min(told, key=lambda failure: (failure.follows, failure.time))
+    first = min(told, key=lambda failure: (failure.follows, failure.time), default=None)
+    ended = sorted(failures.items(), key=lambda item: (item[1].exitcode >= 0, item[1].exitcode == -signal.SIGTERM))
+    rank, process = ended[0]
+    if process.exitcode < 0 and process.exitcode != -signal.SIGTERM:
+        return _died(rank, process)
+    if first is None or (first.follows and process.exitcode < 0):
+        return _died(rank, process)
+    return first
 
 
 def _died(rank: int, process: "ProcessFailure") -> Failure:
@@ -70,5 +76,5 @@ def _died(rank: int, process: "ProcessFailure") -> Failure:
     code = process.exitcode
     cause = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     hint = "; that often means that the machine ran out of memory: try a smaller batch" if code == -9 else ""
-    message = f"rank {rank} {cause}{hint}. Continue the run with --resume"
+    message = f"rank {rank} {cause}{hint}"
     return Failure(rank, message, traceback="", exit_code=FAILED, bug=False, time=0.0)

@@ -1,14 +1,16 @@
 """`armillary train`: checks, prepares, starts the ranks, and leaves a sample and a report behind."""
 
+import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from armillary.launch.ranks import start_ranks
 from armillary.launch.report import write_report
 from armillary.train.config import check_vocabulary, load_config
-from armillary.train.data import prepare
-from armillary.train.failure import show
+from armillary.train.data import from_anywhere, prepare
+from armillary.train.failure import REFUSED, show
 from armillary.train.metrics import FILE, latest_per_step, read_metrics
 from armillary.train.run_folder import RunFolder, create_run, open_run
 from armillary.train.store import write_aside
@@ -29,6 +31,7 @@ def train(
     old = open_run(resume) if resume else None
     config = load_config(old.config if old else config_path or "", overrides, plan)
     dataset = prepare(config.data, print)
+    config = replace(config, data=from_anywhere(config.data))
     check_vocabulary(config, dataset.vocab_size)
     folder = old or create_run(config, config_path or "", name, dataset.tokenizer)
     changes = [part for text in overrides for part in ("--set", text)] if old else []
@@ -38,13 +41,18 @@ def train(
     )
     if failure is None and config.metrics.sample_prompt:
         _write_sample(folder, config.metrics.sample_prompt)
-    report = write_report(folder.path)
-    print(f"\nrun: {folder.path}\nreport: {report}")
+    print(f"\nrun: {folder.path}")
+    try:
+        print(f"report: {write_report(folder.path)}")
+    except OSError as error:
+        print(f"report: not written ({error})")
     result = {"run": str(folder.path), "plan": str(config.plan), **_last_figures(folder)}
-    if failure is not None:
-        show(failure, debug)
-        return result, failure.exit_code
-    return result, 0
+    if failure is None:
+        return result, 0
+    show(failure, debug)
+    if failure.exit_code != REFUSED:
+        print(f"Continue with: armillary train --resume {folder.path}", file=sys.stderr)
+    return result, failure.exit_code
 
 
 def _last_figures(folder: RunFolder) -> dict[str, Any]:

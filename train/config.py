@@ -7,6 +7,7 @@ is told within a second, and the config stays inert: values, never code.
 import dataclasses
 import difflib
 import json
+import math
 import tomllib
 import types
 import typing
@@ -134,6 +135,8 @@ def _dotted(table: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 def _override(values: dict[str, Any], origins: dict[str, str], source: str, text: str) -> None:
     key, equals, literal = text.partition("=")
     key = key.strip()
+    if source == "--plan" and not equals:
+        raise ConfigError(f'--plan {key.removeprefix("plan.")}: write it as degree=number, for example "dp=2"')
     if not equals or not all(key.split(".")):
         raise ConfigError(f"{source} {text}: write it as section.key=value, for example optim.steps=100")
     try:
@@ -223,6 +226,9 @@ def _problems(config: Any, prefix: str) -> Iterator[tuple[str, str]]:
 
 def _out_of_bounds(value: Any, bounds: Mapping[str, Any]) -> Iterator[str]:
     if value is None or not bounds:
+        return
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"must be a finite number; it is {value}"
         return
     rules = {
         "min": (lambda v, b: v >= b, "at least"),

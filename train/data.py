@@ -4,8 +4,9 @@ The sequence number n of a run is a pure function of the config and n. So a run'
 cursor, and it goes on exactly where it was, on any number of ranks.
 """
 
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,6 +68,20 @@ class DataConfig:
             yield "tokenizer", f'is "{self.tokenizer}"; bpe: takes {what}, such as "bpe:4096"'
         elif not self.tokenizer:
             yield "tokenizer", 'is empty; give "bpe:4096", "bytes" or the path of a tokenizer.json'
+
+
+def from_anywhere(config: DataConfig) -> DataConfig:
+    """The config with its relative paths made absolute, so that it means the same in every working directory."""
+    sources = tuple(
+        source
+        if source.path == "stdlib" or source.path.startswith("hub:")
+        else replace(source, path=os.path.abspath(os.path.expanduser(source.path)))
+        for source in config.sources
+    )
+    made_here = config.tokenizer == "bytes" or config.tokenizer.startswith("bpe:")
+    tokenizer = config.tokenizer if made_here else os.path.abspath(os.path.expanduser(config.tokenizer))
+    cache = os.path.abspath(os.path.expanduser(config.cache)) if config.cache else ""
+    return replace(config, sources=sources, tokenizer=tokenizer, cache=cache)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """How a failing rank tells why: one sentence for the person, the traceback for --debug. Imports no torch."""
 
+import errno
 import json
 import os
 import re
@@ -15,6 +16,12 @@ ERRORS_FOLDER = "ARMILLARY_ERRORS"
 """Environment variable: the folder in which ranks leave their failures for the process that started them."""
 
 SECONDS_FOR_THE_FIRST = 5
+
+REMEDIES = {
+    errno.ENOSPC: "the disk is full; free some space, then try again (what was saved before is kept)",
+    errno.EROFS: "the file system is read-only; choose a folder that can be written",
+    errno.EACCES: "this user may not do that; choose another folder, or change its permissions",
+}
 
 REFUSED, FAILED = 2, 1
 """Exit codes: an input that was refused; a failure."""
@@ -40,6 +47,8 @@ class Failure:
 def describe(error: BaseException, rank: int = 0) -> Failure:
     """The failure that an exception stands for: ValueError and OSError are refused input, RunStopped a failed run."""
     text = str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.errno in REMEDIES:
+        text = f"{text}: {REMEDIES[error.errno]}"
     bug = not isinstance(error, (ValueError, OSError, RunStopped))
     follows = bug and re.search("Connection (closed|reset) by peer|Broken pipe", text) is not None
     if follows:

@@ -24,6 +24,8 @@ def generate(
         seed: of the draws; the same seed writes the same text.
         context: how many of the last tokens the model sees, at most the length it was trained on.
     """
+    # A prompt from a command line may hold bytes that are no UTF-8.
+    prompt = prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     generator = torch.Generator().manual_seed(seed)
     written = tokenizer.encode(prompt) or [tokenizer.end_of_document]
     device = next(model.parameters()).device
@@ -31,6 +33,8 @@ def generate(
     for _ in range(num_tokens):
         window = torch.tensor([written[-context:]], device=device)
         logits = model(window)[0, -1, : tokenizer.vocab_size].float().cpu()
+        if not logits.isfinite().all():
+            raise ValueError("the model's weights are not finite, so it cannot write; take an earlier checkpoint")
         token = int(logits.argmax())
         if temperature > 0:
             token = int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))

@@ -47,7 +47,9 @@ def loaded_run(run: str | Path) -> Iterator[LoadedRun]:
     with joined_ranks(config.plan) as ranks:
         path = newest_sound(folder.checkpoints, ranks, print)
         if path is None:
-            raise ValueError(f"{folder.path}: has no sound checkpoint yet; continue it with --resume {folder.path}")
+            raise ValueError(
+                f"{folder.path}: has no checkpoint yet; continue it: armillary train --resume {folder.path}"
+            )
         model = build_model(config, ranks)
         for name, parameter in model.named_parameters():
             place(parameter, read_full(path, f"model/{name}"))

@@ -49,6 +49,13 @@ def load_state(path: Path, model: Transformer, optimizers: Optimizers, ranks: Ra
     return facts
 
 
+@torch.no_grad()
+def weights_are_finite(model: Transformer) -> bool:
+    """Whether every weight that this rank holds is a finite number."""
+    held = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
+    return all(bool(torch.isfinite(weight.sum()) or torch.isfinite(weight).all()) for weight in held)
+
+
 def check_same_data(path: Path, facts: dict[str, Any], dataset: Dataset) -> None:
     """Refuses a checkpoint that was trained on other data.
 
@@ -66,13 +73,22 @@ def check_same_data(path: Path, facts: dict[str, Any], dataset: Dataset) -> None
 def newest_sound(folder: Path, ranks: Ranks, note: Callable[[str], None]) -> Path | None:
     """The newest complete checkpoint in which no rank found a fault; each checks its share of the files.
 
-    A faulty one is named, with its faults, and the one before it is tried.
+    A faulty one is named, with its faults, and the one before it is tried. None if there are no checkpoints.
+
+    Raises:
+        ValueError: if there are some, and all are faulty: a new start would in time remove what may be mended.
     """
     found = "\n".join(path.name for path in complete(folder)) if ranks.rank == 0 else ""
-    for name in ranks.agree(found).split():
+    names = ranks.agree(found).split()
+    for name in names:
         problems = verify(folder / name, slice(ranks.rank, None, ranks.num_ranks))
         finder = ranks.largest(ranks.rank if problems else -1)
         if finder < 0:
             return folder / name
         note(f"{folder / name} is not sound and is passed over: {ranks.agree(few(problems), source=finder)}")
+    if names:
+        raise ValueError(
+            f"{folder}: has {len(names)} checkpoints, and none of them is sound; mend them, or move them away to start "
+            "again from the first step"
+        )
     return None

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 
 from armillary.parallel.mesh import Ranks, joined_ranks
@@ -14,7 +15,7 @@ from armillary.train.build import build_model
 from armillary.train.cache import digest
 from armillary.train.checkpoint import Checkpointer
 from armillary.train.config import RunConfig, check_vocabulary, dump_config, load_config
-from armillary.train.data import Batch, Dataset, held_out_batches, micro_batches, prepare
+from armillary.train.data import Batch, Dataset, from_anywhere, held_out_batches, micro_batches, prepare
 from armillary.train.engine import Engine
 from armillary.train.failure import RunStopped
 from armillary.train.guard import Guard, Verdict
@@ -22,7 +23,14 @@ from armillary.train.metrics import Ending
 from armillary.train.model_shape import num_parameters
 from armillary.train.observer import Observer
 from armillary.train.optim import build_optimizers
-from armillary.train.restore import check_same_data, load_state, newest_sound, own_state, shared_state
+from armillary.train.restore import (
+    check_same_data,
+    load_state,
+    newest_sound,
+    own_state,
+    shared_state,
+    weights_are_finite,
+)
 from armillary.train.run_folder import RunFolder, create_run, open_run
 from armillary.train.schedule import learning_rate_ratio
 from armillary.train.store import write_aside
@@ -50,6 +58,7 @@ class Trainer:
             attempt: a name for this start of the run, the same on all ranks and unlike that of any other start.
         """
         self.config, self.ranks, self.folder, self.dataset = config, ranks, folder, dataset
+        torch.manual_seed(config.model.seed)
         self.model = build_model(config, ranks)
         self.engine = Engine(self.model, ranks)
         self.optimizers = build_optimizers(self.model, config.optim, group=ranks.data, ledger=ranks.ledger)
@@ -149,7 +158,8 @@ class Trainer:
     def save_if_due(self) -> None:
         """Starts to write a checkpoint, at the steps that the config says and after the last."""
         step, every = self.progress.step, self.config.checkpoint.every
-        if step == self.config.optim.steps or (every > 0 and step % every == 0):
+        last = step == self.config.optim.steps
+        if (last or (every > 0 and step % every == 0)) and self.is_sound(last):
             facts = {
                 "progress": asdict(self.progress),
                 "guard": self.guard.state(),
@@ -158,11 +168,30 @@ class Trainer:
             }
             self.checkpointer.save(step, shared_state(self.model, self.optimizers), own_state(), facts)
 
-    def restore(self) -> dict[str, Any] | None:
-        """Loads the newest sound checkpoint and returns the facts saved with it; None if there is none.
+    def is_sound(self, last: bool) -> bool:
+        """Whether this state may replace a checkpoint: the guard accepted the step, and all weights are finite.
+
+        An update can overflow though its gradient was finite; only the next loss would show it.
 
         Raises:
-            ValueError: if it is of another model or another corpus.
+            RunStopped: if there is no next step to show it.
+        """
+        finite = not self.ranks.largest(int(not weights_are_finite(self.model)))
+        if finite and self.guard.skips == 0:
+            return True
+        reason = "was skipped" if finite else "left weights that are not finite"
+        message = f"step {self.progress.step} {reason}, so no checkpoint is saved of it"
+        self.observer.event(self.progress.step, "unsound", message)
+        if last:
+            self.checkpointer.wait()
+            raise RunStopped(f"{message}. Lower optim.learning_rate, then resume: the checkpoint before is sound")
+        return False
+
+    def restore(self) -> dict[str, Any] | None:
+        """Loads the newest sound checkpoint and returns the facts saved with it; None if there are no checkpoints.
+
+        Raises:
+            ValueError: if none of them is sound, or it is of another model or another corpus.
         """
         path = newest_sound(
             self.folder.checkpoints,
@@ -182,6 +211,7 @@ def run_rank(options: argparse.Namespace) -> None:
     source = open_run(options.resume).config if options.resume else options.config
     config = load_config(source, options.overrides, options.plan)
     dataset = prepare(config.data, print)
+    config = replace(config, data=from_anywhere(config.data))
     check_vocabulary(config, dataset.vocab_size)
     with joined_ranks(config.plan) as ranks:
         _check_same_everywhere(config, dataset, ranks)

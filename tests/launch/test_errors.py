@@ -65,6 +65,18 @@ CASES: dict[str, tuple[list[str], str]] = {
         ["train", "run.toml", "--plan", "zz=2"],
         "--plan: plan.zz: unknown key; allowed here: dp",
     ),
+    "a plan that is none": (
+        ["train", "run.toml", "--plan", "dp"],
+        '--plan dp: write it as degree=number, for example "dp=2"',
+    ),
+    "a name for an old run": (
+        ["train", "--resume", "x", "--name", "y"],
+        "--name y: a resumed run keeps its name; leave --name out",
+    ),
+    "a number without end": (
+        ["train", "run.toml", "--set", "optim.learning_rate=inf"],
+        "--set: optim.learning_rate: must be a finite number; it is inf",
+    ),
     "wrong kind": (
         ["train", "run.toml", "--set", "optim.steps=1.5"],
         "--set: optim.steps: should be a valid integer; it is 1.5",
@@ -148,6 +160,24 @@ CASES: dict[str, tuple[list[str], str]] = {
     ),
     "no such benchmark": (["bench", "nothing"], "bench nothing: there is no such benchmark; there are: train"),
 }
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["foo"],
+        ["evaluate"],
+        ["generate", "x"],
+        ["generate", "x", "y", "--tokens", "0"],
+        ["parity", "run.toml", "--steps", "0"],
+    ],
+    ids=" ".join,
+)
+def test_a_mistake_in_the_usage_is_told_as_one(arguments, folder, capsys, monkeypatch):
+    code, told = run(capsys, monkeypatch, *arguments)
+    assert code == 2
+    assert "Usage: " in told
+    assert "not your mistake" not in told
 
 
 @pytest.mark.parametrize("case", CASES)

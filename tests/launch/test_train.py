@@ -192,6 +192,28 @@ def test_a_killed_rank_is_named_and_nothing_is_left_behind(folder, victim):
     assert armillary(folder, "train", "--resume", name, "--set", "optim.steps=2").returncode == 0
 
 
+def test_an_interrupt_says_how_to_go_on(folder):
+    command = [str(BIN / "armillary"), "train", "run.toml", "--name", "stopped", "--set", "optim.steps=5000"]
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (folder / "runs/stopped/checkpoints/latest").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    said, told = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "error: stopped by SIGINT" in told
+    assert "Continue with: armillary train --resume runs/stopped" in told
+    assert "report: runs/stopped/report.html" in said
+
+
+def test_a_run_resumes_from_another_folder(folder, tmp_path):
+    done = subprocess.run(
+        [str(BIN / "armillary"), "train", "--resume", str(folder / "runs/first")],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
 def test_help_answers_at_once(folder):
     started = time.perf_counter()
     assert "train" in armillary(folder, "--help").stdout

@@ -65,7 +65,7 @@ def test_every_mistake_is_told_at_once_with_its_place(tmp_path):
     ("text", "message"),
     [
         ("[optim]\nsteps = 0", "optim.steps: must be at least 1; it is 0"),
-        ("[optim]\nlearning_rate = nan", "optim.learning_rate: must be greater than 0; it is nan"),
+        ("[optim]\nlearning_rate = nan", "optim.learning_rate: must be a finite number; it is nan"),
         ("[model]\ndim = 30\nnum_heads = 4", "model.num_heads: must divide model.dim = 30, or set model.head_dim"),
         ("[model]\nnum_kv_heads = 3", "model.num_kv_heads: must divide model.num_heads = 8"),
         ("[model]\ndim = 1.5", "model.dim: should be a valid integer"),

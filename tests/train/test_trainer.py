@@ -212,6 +212,44 @@ def test_a_run_that_stays_bad_stops_and_says_so(world, folder):
     assert "roll-backs are used up" in end[0]
 
 
+def overflowing(rank: int, folder: Path, bad_step: int) -> list[object]:
+    """Trains until an update, made from a finite gradient, leaves weights that are not finite."""
+    os.chdir(folder)
+    config = load_config("run.toml", ["plan.dp=2", "guard.max_skips=1", "checkpoint.every=1", "checkpoint.keep=1"])
+    trainer = make_trainer(rank, config, "a")
+    honest = trainer.optimizers.step
+    left = [1]
+
+    def step(ratio):
+        honest(ratio)
+        if trainer.progress.step == bad_step and left and left.pop():
+            next(trainer.model.parameters()).data.to_local().fill_(math.inf)
+
+    trainer.optimizers.__dict__["step"] = step
+    said = ""
+    try:
+        trainer.run()
+    except RunStopped as stop:
+        said = str(stop)
+    trainer.observer.close("finished")
+    newest = complete(folder / "runs/a/checkpoints")[0].name
+    return [said, newest, trainer.progress.step]
+
+
+def test_weights_that_overflow_are_never_saved(world, folder):
+    ((said, newest, step), _) = world(overflowing, 2, folder, 4)
+    assert (said, newest, step) == ("", "step-00000008", 8)
+    told = [row.get("event") for row in read_metrics(Path("runs/a/metrics.jsonl"))]
+    told = [kind for kind in told if kind in ("unsound", "skip", "rollback")]
+    assert told == ["unsound", "skip", "unsound", "rollback"]
+
+
+def test_a_last_step_that_overflows_ends_the_run_as_failed(world, folder):
+    ((said, newest, _), _) = world(overflowing, 2, folder, 8)
+    assert "step 8 left weights that are not finite" in said
+    assert newest == "step-00000007"
+
+
 def test_without_a_checkpoint_there_is_no_way_back(world, folder):
     (end, _) = world(poisoned, 2, folder, "a", {1: 1, 2: 1})
     assert [kind for kind, _ in events("a")] == ["skip", "stop"]
@@ -234,6 +272,15 @@ def test_a_flipped_bit_is_named_and_the_checkpoint_before_is_used(world, folder)
     assert "rank-00001.safetensors" in told["damaged"]["message"]
     assert told["resume"]["step"] == 4
     assert weights("broken") == weights("whole")
+
+
+def test_a_run_without_a_sound_checkpoint_is_not_begun_again(world, folder):
+    world(train, 1, folder, "a", [], 4)
+    for path in complete(Path("runs/a/checkpoints")):
+        (path / "manifest.json").write_text("x")
+    (message,) = world(refused, 1, folder, [])
+    assert "has 2 checkpoints, and none of them is sound" in message
+    assert len(complete(Path("runs/a/checkpoints"))) == 2
 
 
 def refused(rank: int, folder: Path, overrides: list[str]) -> str:
