@@ -83,7 +83,7 @@ def quantise(x: Tensor, format: str, block: int = BLOCK, seed: int | None = None
     With s the block's scale and a its largest magnitude, a value's error (and that of its mean over seeds) is at most
     - int8, int4: 0.50002 s, seeded 1.00004 s (2^-15 s), where s <= max(a / top x (1 + 2^-15), 2^-96);
     - e3m0: max(|x| / 3, 0.50001 s), seeded max(|x|, s) (2^-22 s), where 64 s <= max(4/3 a, seeded 2 a, 2^-96).
-    An a within 1.00004 (e3m0: 2) times of float32's largest number may exceed the top level; such values become it.
+    Where a times 1.000004 (e3m0: 2) is more than float32 holds, what is beyond the top level becomes it.
     A value that is not finite (as float32) makes its whole block NaN.
     """
     if x.dim() != 1 or x.dtype not in (torch.float32, torch.bfloat16, torch.float64):

@@ -170,6 +170,16 @@ def test_scales_at_their_borders(form: str, a: float) -> None:
             assert dequantise(payload, 1, form, 32).isfinite().all()
 
 
+@pytest.mark.parametrize("form", FORMATS)
+def test_seeded_rounding_never_leaves_the_levels(form: str) -> None:
+    # Here a / scale is a little more than the top level: one in 2^14 would be rounded up to a level that is not there.
+    x = torch.full((2**17,), LARGEST)
+    x[::2] *= -1
+    back = dequantise(quantise(x, form, seed=1), len(x), form)
+    assert torch.equal(back.sign(), x.sign())
+    assert (back.abs() > 0.49 * LARGEST).all()
+
+
 # 20 values with ties, zeros and both signs; nearest, then seeded. For other implementations to be held against.
 TINY = [1.0, -1.0, 0.5, 0.75, -0.75, 0.1, -0.1, 0.01, -0.01, 0.0]
 TINY += [-0.0, 0.3, 0.6, -0.9, 1e-3, 0.03, -0.2, 0.25, 1.6, -1.6]
