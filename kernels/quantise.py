@@ -33,16 +33,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from armillary.kernels.select import use_triton
+
 BLOCK = 128
 """Values that share a scale, unless told otherwise."""
 BLOCKS = (32, 64, 128, 256, 512, 1024)
 """Sizes a block may have."""
 CHUNK_VALUES = {"cpu": 2**17, "cuda": 2**22}
 """How many values are worked on at once: what stays in the second-level cache."""
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+"""Types of the values that are quantised; other types of sums take the plain torch path."""
 LOWEST = 31
 """Biased exponent of 2^-96: the least scale of integers, the least top level of e3m0."""
+MIX = ((16, 0x7FEB352D), (15, 0x846CA68B))
+"""Shifts and factors of the noise's scrambler."""
 Payloads = Sequence[Tensor] | Tensor
-"""One or more payloads of as many values: tensors (payload_bytes,), or the rows of one."""
+"""One or more payloads of as many values: tensors (payload_bytes,), or the rows of one, which a GPU need not copy."""
+Stream = tuple[int, int]
+"""What a seed's noise depends on, key and stride, as int32."""
 _Noise = tuple[Tensor, Tensor] | None
 """int32 (blocks, 1) and (block,), whose sums are to be mixed into the noise; None without a seed."""
 
@@ -86,10 +94,16 @@ def quantise(x: Tensor, format: str, block: int = BLOCK, seed: int | None = None
     Where a times 1.000004 (e3m0: 2) is more than float32 holds, what is beyond the top level becomes it.
     A value that is not finite (as float32) makes its whole block NaN.
     """
-    if x.dim() != 1 or x.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+    if x.dim() != 1 or x.dtype not in DTYPES:
         raise ValueError(f"quantise: flat float32, bfloat16 or float64 is allowed, not {x.dtype} {tuple(x.shape)}")
     payload = torch.empty(payload_bytes(len(x), format, block), dtype=torch.uint8, device=x.device)
-    noise = _noise(seed, offset, len(x), block, x.device)
+    stream = _stream(seed)
+    if use_triton("quantise", payload):  # not x: the kernels take float64, too
+        from armillary.kernels import quantise_triton
+
+        quantise_triton.quantise(x.detach(), payload, format, block, stream, offset)
+        return payload
+    noise = _noise(stream, offset, len(x), block, x.device)
     for start, stop, rows, work in _chunks(len(x), block, x.device):
         _encode(_rows(x.detach()[start:stop], work[0]), payload, FORMATS[format], rows, work, noise)
     return payload
@@ -108,6 +122,11 @@ def accumulate(
     """float32 sum (num_elements,) of the payloads' values, in the order given: give them by rank. Returned as dtype."""
     _check_sizes(payloads, payload_bytes(num_elements, format, block))
     out = torch.empty(num_elements, dtype=dtype, device=payloads[0].device)
+    if dtype in DTYPES and use_triton("quantise", payloads[0]):
+        from armillary.kernels import quantise_triton
+
+        quantise_triton.accumulate(payloads, out, format, block)
+        return out
     for start, stop, rows, work in _chunks(num_elements, block, out.device):
         out[start:stop] = _decode(payloads, FORMATS[format], rows, work).view(-1)[: stop - start]
     return out
@@ -119,7 +138,13 @@ def requantise(
     """`quantise(accumulate(payloads))`, a chunk at a time, so that the sum is never held."""
     _check_sizes(payloads, payload_bytes(num_elements, format, block))
     out = torch.empty_like(payloads[0])
-    noise = _noise(seed, offset, num_elements, block, out.device)
+    stream = _stream(seed)
+    if use_triton("quantise", out):
+        from armillary.kernels import quantise_triton
+
+        quantise_triton.requantise(payloads, out, format, block, stream, offset)
+        return out
+    noise = _noise(stream, offset, num_elements, block, out.device)
     for _, _, rows, work in _chunks(num_elements, block, out.device):
         _encode(_decode(payloads, FORMATS[format], rows, work), out, FORMATS[format], rows, work, noise)
     return out
@@ -230,20 +255,33 @@ def _levels(codes: Tensor, kind: _Format) -> Tensor:
     return powers.view(torch.int8) * (levels >> 3 | 1)
 
 
-def _noise(seed: int | None, offset: int, num_elements: int, block: int, device: torch.device) -> _Noise:
+def _stream(seed: int | None) -> Stream | None:
     if seed is None:
         return None
-    low, high, golden = torch.tensor([seed & 2**32 - 1, seed >> 32, 0x9E3779B9], device=device).to(torch.int32)
-    key = _mix(_mix(low + golden) + high)
-    stride = _mix(key + golden) | 1
+    key = _mix_number(_mix_number(seed + 0x9E3779B9) + (seed >> 32))
+    stride = _mix_number(key + 0x9E3779B9) | 1
+    return key - (key >> 31 << 32), stride - (stride >> 31 << 32)
+
+
+def _noise(stream: Stream | None, offset: int, num_elements: int, block: int, device: torch.device) -> _Noise:
+    if stream is None:
+        return None
+    key, stride = stream
     index = torch.arange(offset, offset + num_elements, block, device=device)[:, None]  # to int32: its low 32 bits
     starts = _mix((index >> 32).to(torch.int32) + key) + index.to(torch.int32) * stride
     return starts, torch.arange(block, device=device, dtype=torch.int32) * stride
 
 
+def _mix_number(h: int) -> int:
+    for shift, factor in MIX:
+        h &= 0xFFFFFFFF
+        h = (h ^ h >> shift) * factor
+    return h & 0xFFFFFFFF
+
+
 def _mix(h: Tensor, spare: Tensor | None = None) -> Tensor:
     """Scrambles an int32 tensor in place; the masks make its shifts fill with zeros."""
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32)):
+    for shift, factor in MIX:
         shifted = torch.bitwise_right_shift(h, shift, out=spare).bitwise_and_(0xFFFFFFFF >> shift)
-        h.bitwise_xor_(shifted).mul_(factor)
+        h.bitwise_xor_(shifted).mul_(factor - (factor >> 31 << 32))
     return h
