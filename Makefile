@@ -1,12 +1,13 @@
 # make setup: creates .venv and installs everything a run needs; does nothing when that is done already.
 # make demo:  trains a small model on real text on 4 ranks, in a few minutes, on two CPU cores.
 # make test:  the whole test suite, without a GPU.
+# make gate:  compiles every Triton kernel for six GPUs, without a GPU; make gate TRITON=3.6.0 with another Triton.
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input --quiet install --constraint constraints.txt
 
-.PHONY: setup demo test lint types clean
+.PHONY: setup demo test gate lint types clean
 
 setup: .venv/installed
 
@@ -27,6 +28,18 @@ demo: .venv/installed
 
 test: .venv/installed-dev
 	@$(BIN)/python -m pytest
+
+# Another version of Triton lies aside, in front of the installed one for this command alone.
+OTHER := $(if $(TRITON),.cache/triton-$(TRITON))
+
+gate: .venv/installed-dev $(OTHER:=/installed)
+	@PYTHONPATH=$(OTHER) $(BIN)/python -m armillary.launch.compile_gate $(GATE)
+
+.cache/triton-%/installed:
+	@echo "installing triton $* into .cache ..."
+	@$(BIN)/python -m pip --disable-pip-version-check --no-input --quiet install --no-deps --upgrade \
+		--target $(@D) triton==$*
+	@touch $@
 
 lint: .venv/installed-dev
 	@$(BIN)/ruff check .
