@@ -50,7 +50,7 @@ def _mix(h: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _counters(key: tl.tensor, stride: tl.tensor, index: tl.tensor, HALF: tl.constexpr) -> tl.tensor:
-    """uint32 (ROWS, HALF), to be mixed into noise, of the first halves of blocks that begin at int64 `index` (ROWS,)."""
+    """uint32 (ROWS, HALF), to be mixed, of the first halves of blocks that begin at `index`, int64 (ROWS,)."""
     key, stride = key.to(tl.uint32), stride.to(tl.uint32)
     starts = _mix((index >> 32).to(tl.uint32) + key) + index.to(tl.uint32) * stride
     return starts[:, None] + (tl.arange(0, HALF).to(tl.uint32) * stride)[None, :]
