@@ -175,7 +175,7 @@ def signature_of(specimen: Specimen) -> tuple[dict[str, str], dict[str, Any]]:
     given = constants.keys() | specimen.signature.keys()
     if missing := [name for name in names if name not in given]:
         raise ValueError(f"specimen {specimen.name} lacks {', '.join(missing)}")
-    if unknown := sorted((given | specimen.unaligned) - set(names)):
+    if unknown := sorted(given - set(names)):
         raise ValueError(f"specimen {specimen.name} has {', '.join(unknown)}; the kernel has not")
     return {n: "constexpr" if n in constants else specimen.signature[n] for n in names}, constants
 
