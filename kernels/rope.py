@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from armillary.kernels.select import use_triton
+
 
 def frequencies(
     head_dim: int, theta: float, scaling: tuple[float, float, float, int] | None = None, device: Any = None
@@ -36,30 +38,63 @@ def tables(positions: Tensor, frequency: Tensor, dtype: torch.dtype) -> tuple[Te
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns each pair (i, i + head_dim / 2) of x (batch, seq, heads, head_dim) by its angle, in the tables' dtype.
+def rotate_qk(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Turns each pair (i, i + head_dim / 2) of queries and keys by its angle, in the tables' dtype.
 
-    Returns x's dtype. The tables take no gradient. Source: Su et al. 2021; half-split pairs as in Hugging Face's Llama.
+    Not in place. The projections that q and k come from would allow it: nothing keeps their results for the backward
+    pass. But q and k are views of them, and autograd refuses a function that overwrites views and has two results;
+    what it would save is freed as soon as this returns. Source: Su et al. 2021; half-split pairs as in Hugging Face's
+    Llama.
+
+    Args:
+        q: (batch, seq, heads, head_dim), head_dim even.
+        k: (batch, seq, any number of heads, head_dim).
+        cos, sin: from `tables`, (batch or 1, seq, 1, head_dim / 2). They take no gradient.
+
+    Returns:
+        q and k turned, each in its own dtype, contiguous.
+
+    Raises:
+        ValueError: if the shapes do not fit each other.
     """
-    return _Rotate.apply(x, cos, sin)
+    batch, seq, _, head_dim = q.shape
+    fits = head_dim % 2 == 0 and k.shape == (batch, seq, k.shape[2], head_dim) and cos.shape == sin.shape
+    if not fits or cos.shape not in {(rows, seq, 1, head_dim // 2) for rows in (1, batch)}:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (q, k, cos, sin))
+        raise ValueError(
+            f"q, k, cos, sin have shapes {shapes}; they must be two of (batch, seq, any, head_dim) and two of "
+            "(batch or 1, seq, 1, head_dim / 2)"
+        )
+    return _RotateQK.apply(q, k, cos, sin)
 
 
-class _Rotate(torch.autograd.Function):
+class _RotateQK(torch.autograd.Function):
+    """The gradient is turned back: by the same angles with their sines negated."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin)
+        return _turn_both(q, k, cos, sin, back=False)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, d_q: Tensor, d_k: Tensor) -> tuple[Tensor, Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turn(gradient, cos, -sin), None, None
+        return *_turn_both(d_q, d_k, cos, sin, back=True), None, None
+
+
+def _turn_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
+    if use_triton("rope", q, k, cos, sin):
+        from armillary.kernels.rope_triton import turn
+
+        return turn(q, k, cos, sin, back)
+    sin = -sin if back else sin
+    return _turn(q, cos, sin), _turn(k, cos, sin)
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = (half.to(cos.dtype) for half in x.chunk(2, dim=-1))
-    out = torch.empty_like(x, dtype=cos.dtype)
+    out = torch.empty(x.shape, dtype=cos.dtype, device=x.device)
     out_first, out_second = out.chunk(2, dim=-1)
     torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
     torch.mul(second, cos, out=out_second).addcmul_(first, sin)

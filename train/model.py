@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from armillary.kernels.attention import Places, attention
 from armillary.kernels.cross_entropy import IGNORE, linear_cross_entropy
-from armillary.kernels.norm import rms_norm
-from armillary.kernels.rope import frequencies, rotate, tables
+from armillary.kernels.norm import add_rms_norm, rms_norm
+from armillary.kernels.rope import frequencies, rotate_qk, tables
 from armillary.kernels.swiglu import swiglu
 from armillary.train.model_shape import ModelConfig
 
@@ -34,15 +34,17 @@ class Shared:
 
 
 class RMSNorm(nn.Module):
-    """See kernels/norm.py."""
+    """See kernels/norm.py. Given a residual too, returns the norm of the sum, and the sum."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        if residual is None:
+            return rms_norm(x, self.weight, self.eps)
+        return add_rms_norm(x, residual, self.weight, self.eps)
 
 
 class Core(nn.Module):
@@ -73,8 +75,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, shared: Shared) -> Tensor:
         # The number of heads follows from the projections, which a plan may have divided.
         q, k, v = (part(x).unflatten(-1, (-1, self.head_dim)) for part in (self.query, self.key, self.value))
-        q = rotate(self.query_norm(q), shared.cos, shared.sin)
-        k = rotate(self.key_norm(k), shared.cos, shared.sin)
+        q, k = rotate_qk(self.query_norm(q), self.key_norm(k), shared.cos, shared.sin)
         return self.output(self.core(q, k, v, shared.places).flatten(-2))
 
 
@@ -102,8 +103,9 @@ class Block(nn.Module):
         self.ffn = FeedForward(config)
 
     def forward(self, x: Tensor, shared: Shared) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), shared)
-        return x + self.ffn(self.ffn_norm(x))
+        attended = self.attention(self.attention_norm(x), shared)
+        normed, x = self.ffn_norm(attended, residual=x)
+        return x + self.ffn(normed)
 
 
 class Transformer(nn.Module):

@@ -5,15 +5,18 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_checks import leaves
 from torch import Tensor
 
-from armillary.kernels.rope import frequencies, rotate, tables
+from armillary.kernels.rope import frequencies, rotate_qk, tables
 
 LLAMA3 = (8.0, 1.0, 4.0, 8192)
 
 
 def turned(x: Tensor, positions: Tensor, theta: float = 10_000.0) -> Tensor:
-    return rotate(x, *tables(positions, frequencies(x.shape[-1], theta), torch.float64))
+    return rotate_qk(x, x, *tables(positions, frequencies(x.shape[-1], theta), torch.float64))[0]
 
 
 def test_frequencies_by_hand() -> None:
@@ -77,18 +80,46 @@ def test_far_positions_are_exact_in_float32_tables() -> None:
 
 
 def test_bfloat16_is_turned_in_float32() -> None:
-    x = torch.randn(2, 9, 3, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x, y = leaves((2, 9, 3, 8), (2, 9, 2, 8), dtype=torch.bfloat16)
     positions = torch.arange(9).expand(2, 9)
     cos, sin = tables(positions, frequencies(8, 10_000.0), torch.float32)
-    out = rotate(x, cos, sin)
-    assert out.dtype == torch.bfloat16
-    assert torch.equal(out, rotate(x.float(), cos, sin).bfloat16())
+    q, k = rotate_qk(x, y, cos, sin)
+    assert q.dtype == k.dtype == torch.bfloat16
+    wide_q, wide_k = rotate_qk(x.float(), y.float(), cos, sin)
+    assert torch.equal(q, wide_q.bfloat16())
+    assert torch.equal(k, wide_k.bfloat16())
 
 
-def test_gradcheck_with_positions_in_any_order() -> None:
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.booleans())
+def test_gradcheck_with_positions_in_any_order(
+    batch: int, seq: int, heads: int, kv_heads: int, half: int, alike: bool
+) -> None:
+    q, k = leaves((batch, seq, heads, 2 * half), (batch, seq, kv_heads, 2 * half))
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 3, 2, 6, dtype=torch.float64, generator=generator).requires_grad_()
-    positions = torch.tensor([[2, 0, 9], [4, 4, 1]])
-    assert torch.autograd.gradcheck(lambda a: turned(a, positions), (x,))
+    positions = torch.randint(0, 99, (1 if alike else batch, seq), generator=generator)
+    cos, sin = tables(positions, frequencies(2 * half, 100.0), torch.float64)
+    assert torch.autograd.gradcheck(lambda a, b: rotate_qk(a, b, cos, sin), (q, k))
+
+
+def test_one_row_of_tables_serves_all() -> None:
+    (x,) = leaves((2, 3, 2, 6))
     shared = torch.tensor([[0, 1, 2]])
     torch.testing.assert_close(turned(x, shared), turned(x, shared.expand(2, 3)), rtol=0, atol=0)
+
+
+def test_keys_are_turned_as_queries_are() -> None:
+    q, k = leaves((2, 5, 3, 6), (2, 5, 1, 6))
+    cos, sin = tables(torch.arange(5).expand(2, 5), frequencies(6, 100.0), torch.float64)
+    assert torch.equal(rotate_qk(q, k, cos, sin)[1], rotate_qk(k, q, cos, sin)[0])
+
+
+@pytest.mark.parametrize("changed", ["odd", "head_dim", "seq", "batch", "table_batch", "tables"])
+def test_shapes_that_do_not_fit_are_refused(changed: str) -> None:
+    size = 5 if changed == "odd" else 6
+    q, k = leaves((3, 5, 2, size), (3, 5, 2, size))
+    k = {"head_dim": k[..., :4], "seq": k[:, :4], "batch": k[:2]}.get(changed, k)
+    positions = torch.arange(5).expand(2 if changed == "table_batch" else 3, 5)
+    cos, sin = tables(positions, frequencies(6, 100.0), torch.float64)
+    with pytest.raises(ValueError, match="q, k, cos, sin have shapes"):
+        rotate_qk(q, k, cos, sin[:, :1] if changed == "tables" else sin)
