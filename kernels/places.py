@@ -68,6 +68,14 @@ class Places:
         plain = np.array([0, self.seq, 0, 1])
         return len(self.runs) == self.batch and bool((self.runs[:, [START, LENGTH, POSITION, STEP]] == plain).all())
 
+    @property
+    def rows_alike(self) -> bool:
+        """Whether all rows have the same positions in the same runs, so that tables of the first serve all."""
+        per_row, over = divmod(len(self.runs), max(self.batch, 1))
+        runs = self.runs[: len(self.runs) - over].reshape(self.batch, per_row, self.runs.shape[1])
+        same = (runs[:, :, START:DOCUMENT] == runs[:1, :, START:DOCUMENT]).all()
+        return over == 0 and bool(same) and bool((runs[:, :, ROW] == np.arange(self.batch)[:, None]).all())
+
     def positions(self, device: Any = "cpu") -> Tensor:
         """Position of each token: int64 (batch, seq)."""
         return self._spread("positions", self._positions, device)

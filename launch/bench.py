@@ -98,6 +98,7 @@ def _bare_loop(trainer: Any) -> Callable[[], None]:
     """What one would write by hand: the same model, batch and optimizer, and nothing else."""
     import torch
 
+    from armillary.kernels.places import Places
     from armillary.train.build import COMPUTE
     from armillary.train.model import Transformer, initialise
 
@@ -106,15 +107,14 @@ def _bare_loop(trainer: Any) -> Callable[[], None]:
     initialise(model, trainer.config.model.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=optim.learning_rate, fused=True)
     batch = trainer.take_batches()[0]
-    tokens, positions, documents, labels = (
-        torch.from_numpy(array) for array in (batch.tokens, batch.positions, batch.documents, batch.labels)
-    )
+    tokens, labels = torch.from_numpy(batch.tokens), torch.from_numpy(batch.labels)
+    places = Places.of(batch.positions, batch.documents)
     num_labels = int((labels >= 0).sum())
     compute = COMPUTE[optim.precision]
 
     def step() -> None:
         with torch.autocast("cpu", compute, enabled=compute == torch.bfloat16):
-            loss = model(tokens, positions, documents, labels) / num_labels
+            loss = model(tokens, places, labels) / num_labels
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm)
         optimizer.step()

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from armillary.comm.collectives import all_reduce
+from armillary.kernels.places import Places
 from armillary.parallel.mesh import Ranks
 from armillary.train.data import Batch, Dataset
 from armillary.train.model import IGNORE, Transformer
@@ -62,8 +63,10 @@ class Engine:
         return loss / max(labels, 1.0), loss / max(num_bytes, 1.0) / 0.6931471805599453
 
     def _loss_sum(self, batch: Batch) -> Tensor:
-        arrays = (batch.tokens, batch.positions, batch.documents, batch.labels)
-        return self.model(*(torch.from_numpy(array).to(self.ranks.device, non_blocking=True) for array in arrays))
+        tokens, labels = (
+            torch.from_numpy(array).to(self.ranks.device, non_blocking=True) for array in (batch.tokens, batch.labels)
+        )
+        return self.model(tokens, Places.of(batch.positions, batch.documents), labels)
 
     def _sync_gradients(self, sync: bool) -> None:
         if isinstance(self.model, FSDPModule):

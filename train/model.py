@@ -1,6 +1,6 @@
 """The model: a decoder-only transformer of the Llama family, which knows nothing of ranks.
 
-Shapes: tokens, positions, documents, labels (batch, seq); hidden (batch, seq, dim); queries (batch, seq, heads,
+Shapes: tokens, labels (batch, seq); hidden (batch, seq, dim); queries (batch, seq, heads,
 head_dim), keys and values (batch, seq, kv_heads, head_dim).
 """
 
@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from armillary.kernels.attention import Places, attention
+from armillary.kernels.attention import attention
 from armillary.kernels.cross_entropy import IGNORE, linear_cross_entropy
 from armillary.kernels.norm import add_rms_norm, rms_norm
+from armillary.kernels.places import Places
 from armillary.kernels.rope import frequencies, rotate_qk, tables
 from armillary.kernels.swiglu import swiglu
 from armillary.train.model_shape import ModelConfig
@@ -50,11 +51,11 @@ class RMSNorm(nn.Module):
 class Core(nn.Module):
     """The seam: attention over keys that are all here. A plan may put its own module in this one's place.
 
-    Called with q, k, v and the pass's `Places` (positions, documents); returns q's shape. It has no parameters.
+    Called with q, k, v and the pass's `Places`, which are data of the host; returns q's shape. It has no parameters.
     """
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, places: Places) -> Tensor:
-        return attention(q, k, v, places)
+        return attention(q, k, v, places).out
 
 
 class Attention(nn.Module):
@@ -123,19 +124,13 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
 
-    def forward(
-        self,
-        tokens: Tensor,
-        positions: Tensor | None = None,
-        documents: Tensor | None = None,
-        labels: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, places: Places | None = None, labels: Tensor | None = None) -> Tensor:
         """Logits of the next token, or the loss over `labels`.
 
         Args:
             tokens: ids (batch, seq).
-            positions: place of each token in its document, in any order; None for one document a row, in order.
-            documents: which document of its row a token belongs to; attention never crosses documents. None for one.
+            places: document of each token, which attention never crosses, and position in it; in any order. None for
+                one document a row, in order.
             labels: the token to predict at each place, or IGNORE.
 
         Returns:
@@ -143,7 +138,7 @@ class Transformer(nn.Module):
             tokens, 0-d, float32 (float64 for a float64 model).
         """
         x = self.embedding(tokens)
-        shared = self._shared(x.dtype, Places.of(tokens, positions, documents))
+        shared = self._shared(x, Places.in_order(*tokens.shape) if places is None else places)
         for block in self.blocks:
             x = block(x, shared)
         x = self.norm(x)
@@ -151,17 +146,18 @@ class Transformer(nn.Module):
         weight = self.embedding.weight if self.output is None else self.output.weight
         return F.linear(x, weight) if labels is None else linear_cross_entropy(x, weight, labels)
 
-    def _shared(self, dtype: torch.dtype, places: Places) -> Shared:
+    def _shared(self, x: Tensor, places: Places) -> Shared:
         scaling = self.config.rope_scaling
+        positions = places.positions(x.device)
         # Where all rows are alike, one row of the tables serves them.
-        positions = places.positions[:1] if places.ordered else places.positions
+        positions = positions[:1] if places.rows_alike else positions
         frequency = frequencies(
             self.config.head_size,
             self.config.rope_theta,
             None if scaling is None else dataclasses.astuple(scaling),
-            positions.device,
+            x.device,
         )
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         return Shared(places, *tables(positions, frequency, wide))
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from armillary.comm.ledger import Ledger
+from armillary.kernels.places import Places
 from armillary.parallel.mesh import Ranks, joined_ranks
 from armillary.parallel.partition import whole
 from armillary.train.build import COMPUTE, build_model
@@ -45,8 +46,8 @@ def trace_one_process(config: RunConfig, dataset: Dataset, steps: int) -> Trace:
         num_labels = max(1, sum(int((s.labels != IGNORE).sum()) for s in sequences))
         loss = torch.zeros((), dtype=torch.float64)
         for s in sequences:
-            arrays = (s.tokens, s.positions, s.documents, s.labels)
-            part = model(*(torch.from_numpy(np.asarray(array))[None] for array in arrays)) / num_labels
+            tokens, labels, *places = (np.asarray(a)[None] for a in (s.tokens, s.labels, s.positions, s.documents))
+            part = model(torch.from_numpy(tokens), Places.of(*places), torch.from_numpy(labels)) / num_labels
             part.backward()
             loss += part.detach()
         trace[f"loss/{step}"] = loss

@@ -13,6 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from armillary.kernels import attention, cross_entropy, norm, rope, swiglu
+from armillary.kernels.attention_reference import reference
+from armillary.kernels.places import Places
+from armillary.kernels.tiles import Tile
 from armillary.train import model as module
 from armillary.train.model import IGNORE, Transformer, initialise
 from armillary.train.model_shape import ModelConfig, RopeScaling
@@ -170,9 +173,10 @@ def test_packed_documents_are_each_document_alone(lengths: list[int], shuffle: b
     positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in rows])
     documents = torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in rows])
 
-    packed = model(tokens[:, order], positions[:, order], documents[:, order], labels[:, order])
+    places = Places.of(positions[:, order], documents[:, order])
+    packed = model(tokens[:, order], places, labels[:, order])
     gradients = torch.autograd.grad(packed, list(model.parameters()))
-    logits = model(tokens[:, order], positions[:, order], documents[:, order])
+    logits = model(tokens[:, order], places)
     alone, losses = [], []
     for row, t, x in zip(rows, tokens, labels, strict=True):
         alone.append(torch.cat([model(part[None])[0] for part in t.split(row)]))
@@ -186,10 +190,9 @@ def test_packed_documents_are_each_document_alone(lengths: list[int], shuffle: b
 def test_left_out_places_are_one_document_in_order() -> None:
     model, tokens = build(), ids(2, 12)
     count = torch.arange(12).expand(2, 12)
-    zeros = torch.zeros(2, 12, dtype=torch.int32)
-    assert torch.equal(model(tokens), model(tokens, count, zeros))
+    assert torch.equal(model(tokens), model(tokens, Places.of(count)))
     # By way of the mask: another order of the rows' tokens, put back.
-    flipped = model(tokens.flip(1), count.flip(1), zeros).flip(1)
+    flipped = model(tokens.flip(1), Places.of(count.flip(1))).flip(1)
     torch.testing.assert_close(model(tokens), flipped, rtol=0, atol=1e-12)
 
 
@@ -283,11 +286,11 @@ def test_initial_values_depend_on_seed_and_name_alone() -> None:
 
 def test_the_attention_core_is_replaceable() -> None:
     class WrittenOut(nn.Module):
-        def forward(self, q: Tensor, k: Tensor, v: Tensor, places: attention.Places) -> Tensor:
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, places: Places) -> Tensor:
             assert q.shape == (2, 6, 4, 8)
             assert k.shape == v.shape == (2, 6, 2, 8)
-            assert places.positions.shape == places.documents.shape == (2, 6)
-            return attention.reference(q, k, v, places.positions, places.documents)
+            assert (places.batch, places.seq) == (2, 6)
+            return reference(q, k, v, Tile(places, places, attention.CAUSAL, 8**-0.5))[0]
 
     model, tokens = build(), ids(2, 6)
     before = model(tokens)
@@ -332,7 +335,7 @@ def sharded(rank: int, compute: str, changes: dict[str, Any]) -> tuple[float, di
     tokens, labels = (t.chunk(2)[rank] for t in (ids(4, 20), ids(4, 20, seed=1)))
     documents = (torch.arange(20) >= 13).int().expand(2, 20)
     positions = (torch.arange(20) - 13 * documents).expand(2, 20)
-    loss = model(tokens, positions, documents, labels)
+    loss = model(tokens, Places.of(positions, documents), labels)
     loss.backward()
     # FSDP averages over the ranks; the loss is a sum.
     gradients = {name: (p.grad.full_tensor() * 2).numpy() for name, p in model.named_parameters()}  # type: ignore
@@ -349,7 +352,7 @@ def test_sharded_by_fsdp(
     initialise(model, 3)
     documents = (torch.arange(20) >= 13).int().expand(4, 20)
     positions = (torch.arange(20) - 13 * documents).expand(4, 20)
-    loss = model(ids(4, 20), positions, documents, ids(4, 20, seed=1))
+    loss = model(ids(4, 20), Places.of(positions, documents), ids(4, 20, seed=1))
     loss.backward()
     assert sum(result[0] for result in results) == pytest.approx(loss.item(), rel=tolerance / 10)
     for _, gradients, seen in results:

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from armillary.kernels.attention import Places, reference
+from armillary.kernels.attention import CAUSAL
+from armillary.kernels.attention_reference import reference
+from armillary.kernels.places import Places
+from armillary.kernels.tiles import Tile
 from armillary.train import model_shape
 from armillary.train.model import Transformer, initialise
 from armillary.train.model_shape import ModelConfig, RopeScaling, flops_per_token, num_parameters
@@ -81,7 +84,7 @@ class WrittenOut(nn.Module):
     """Attention in plain matrix products over all pairs, which the counter sees."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, places: Places) -> Tensor:
-        return reference(q, k, v, places.positions, places.documents).to(q.dtype)
+        return reference(q, k, v, Tile(places, places, CAUSAL, q.shape[-1] ** -0.5))[0].to(q.dtype)
 
 
 @pytest.mark.parametrize("tie", [False, True])
