@@ -150,10 +150,15 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     if total.dtype == left.dtype:
         total.addmm_(left, right)
         return
-    wide_product = left.is_cuda and torch.version.hip is None
+    wide_product = returns_float32(left)
     rows = max(1, BLOCK_PRODUCT.get(left.device.type, 2**19) // max(1, total.shape[1]))
     for part, factor in zip(total.split(rows), left.split(rows), strict=True):
         part.add_(torch.mm(factor, right, out_dtype=total.dtype) if wide_product else factor @ right)
+
+
+def returns_float32(factor: Tensor) -> bool:
+    """Whether torch.mm gives the float32 sums of narrow products as they are: `out_dtype`, which CUDA alone has."""
+    return factor.is_cuda and torch.version.hip is None
 
 
 def _chunks(size: int, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:

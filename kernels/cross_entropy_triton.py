@@ -243,7 +243,7 @@ def specimens() -> list[Specimen]:
                         {arg: signature[arg] for arg in kernel.arg_names if arg in signature},
                         {"BLOCK": block} | constants,
                         num_warps=warps,
-                        unaligned=frozenset({"vocab", "label_stride", "first"}),
+                        unaligned=frozenset({"vocab", "label_stride", "first"} & set(kernel.arg_names)),
                     )
                 )
     return found

@@ -170,5 +170,6 @@ def test_specimens_name_every_argument() -> None:
     names = set()
     for specimen in ours.specimens():
         assert set(specimen.kernel.arg_names) == set(specimen.signature) | set(specimen.constants)
+        assert specimen.unaligned < set(specimen.signature)
         names.add(specimen.name)
     assert len(names) == len(ours.specimens())
