@@ -2,6 +2,8 @@
 
 import math
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -120,6 +122,9 @@ def test_ties_levels_and_borders(form: str, seed: int | None) -> None:
     top = TOPS.get(form, 64)
     steps = torch.arange(0, 2 * top + 1) / (2 * top)
     tops = [1.0, 1.5, 1.5 - 2**-23, 1.5 + 2**-22, LARGEST, 3e38, 2**-96, top * 2**-96, 2**-126, 2**-140, top * 0.125]
+    tops += [
+        top * s / 2**16 for s in (33333, 40503, 50021, 65535)
+    ]  # 1 / s is not exact: what is a tie is so by rounding
     values = steps[None] * torch.tensor(tops)[:, None]
     near = torch.stack([values, values.nextafter(torch.tensor(0.0)), values.nextafter(torch.tensor(math.inf))], -1)
     near = near.clamp(max=LARGEST).flatten(1)
@@ -137,6 +142,43 @@ def test_golden_bytes(form: str, seed: int | None) -> None:
     with computed_by("triton"):
         payload = quantise(torch.tensor(TINY, device=DEVICE), form, 32, seed, offset=7)
     assert bytes(payload.tolist()).hex() == GOLDEN[form, seed]
+
+
+@pytest.mark.parametrize("seed", [None, 1])
+@pytest.mark.parametrize("form", FORMATS)
+def test_rounding_never_leaves_the_levels(form: str, seed: int | None) -> None:
+    # A little more than the top level: one in 2^14 would be rounded up to a level that is not there.
+    x = torch.full((2**17,), LARGEST)
+    x[::2] *= -1
+    both(lambda x: quantise(x, form, seed=seed), x)
+
+
+FUSED = """
+import triton
+from armillary.kernels.quantise_triton import BLOCK, specimens
+for specimen in specimens():
+    if "SEEDED" in specimen.constants and specimen.constants["BLOCK"] == BLOCK:
+        names = specimen.kernel.arg_names
+        types = {name: specimen.signature.get(name, "constexpr") for name in names}
+        constants = {(names.index(name),): value for name, value in specimen.constants.items()}
+        source = triton.compiler.ASTSource(specimen.kernel, types, constexprs=constants)
+        options = {"num_warps": specimen.num_warps, "enable_fp_fusion": True}
+        target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+        print(specimen.name, triton.compile(source, target=target, options=options).asm["ptx"].count("fma."))
+"""
+"""Prints how many fused multiply-adds sm_90 would run in each kernel that quantises."""
+
+
+def test_only_exact_products_are_fused_with_a_sum() -> None:
+    # The interpreter fuses nothing, a GPU's compiler whatever it can: what it made of the kernels has to be read.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", FUSED], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    counts = dict(line.split() for line in done.stdout.splitlines())
+    assert len(counts) == 15
+    for name, fused in counts.items():
+        # A thread's 16 values: that of level x scale with the sum of payloads, and nothing after it.
+        assert int(fused) == (16 if name.startswith("requantise") else 0), name
 
 
 @triton.jit
