@@ -55,7 +55,7 @@ def attention(
     """`softmax(scale q k^T) v` over the keys that the mask shows, and its log-sum-exp. Both are differentiable.
 
     Args:
-        q, k, v: float32, bfloat16 or float16 (float64 on the CPU), all alike; any strides whose last is 1.
+        q, k, v: float32, bfloat16 or float16 (float64 on the CPU), all alike; copied if their last stride is not 1.
         places: where the queries stand; None for one document a row, in order.
         keys: where the keys stand; None for where the queries do.
         mask: which keys of its document a query sees.
@@ -73,6 +73,7 @@ def attention(
     return Partial(*_Attention.apply(q, k, v, tile, implementation))
 
 
+@torch.no_grad()
 def forward(
     q: Tensor,
     k: Tensor,
@@ -92,10 +93,12 @@ def forward(
     else:
         out, lse = into
     if q.numel() > 0:
+        q, k, v = map(_in_rows, (q, k, v))
         implementation_of(q, tile, implementation).forward(q, k, v, tile, out, lse, into is not None)
     return Partial(out, lse)
 
 
+@torch.no_grad()
 def backward(
     d_out: Tensor,
     q: Tensor,
@@ -117,6 +120,7 @@ def backward(
     buffers = [_buffer(t) if given is None else given for t, given in zip(inputs, into, strict=True)]
     add = tuple(given is not None for given in into)
     if q.numel() > 0 and k.numel() > 0:
+        d_out, q, k, v = map(_in_rows, (d_out, q, k, v))
         chosen = implementation_of(q, tile, implementation)
         chosen.backward(d_out, q, k, v, lse, delta, tile, Gradients(*buffers), add)
     else:
@@ -178,6 +182,11 @@ def check(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> None:
             raise ValueError(
                 f"attention: {tuple(tensor.shape[:2])} (batch, {name}), but places for ({places.batch}, {places.seq})"
             )
+
+
+def _in_rows(tensor: Tensor) -> Tensor:
+    """With the channels of a head next to each other; the gradient of a sum, for one, is a single number, expanded."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

@@ -18,7 +18,8 @@ def seen(tile: Tile, heads: int, kv_heads: int, device: torch.device) -> Tensor:
     queries, keys = (places.positions(device) for places in (tile.queries, tile.keys))
     same = tile.queries.documents(device)[:, None, :, None] == tile.keys.documents(device)[:, None, None, :]
     head = tile.first_head + torch.arange(kv_heads, device=device).repeat_interleave(heads // kv_heads)
-    return same & visible(tile.mask, queries[:, None, :, None], keys[:, None, None, :], head[:, None, None])
+    shown = same & visible(tile.mask, queries[:, None, :, None], keys[:, None, None, :], head[:, None, None])
+    return shown.expand(-1, heads, -1, -1)
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
