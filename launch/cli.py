@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from armillary.train.failure import FAILED, REFUSED, describe, leave, show
 
@@ -23,6 +24,7 @@ Config = Annotated[Path, typer.Argument(help="a TOML file; see configs/", show_d
 Overrides = Annotated[list[str], typer.Option("--set", metavar="a.b=c", help="override one key; may be repeated")]
 PlanText = Annotated[str, typer.Option("--plan", help='degrees, short for plan.*: "dp=4"')]
 Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
+Repetitions = Annotated[int, typer.Option(min=1, help="interleaved repetitions")]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the result as JSON too")]
 
 
@@ -104,17 +106,67 @@ def report(runs: list[str], debug: Debug = False) -> None:
         print(write_report(folder.path))
 
 
-@app.command()
-def bench(
-    name: Annotated[str, typer.Argument(help="train")],
-    repetitions: Annotated[int, typer.Option(min=1, help="interleaved repetitions")] = 5,
+class _Benchmarks(TyperGroup):
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        from armillary.launch.bench import module_of
+
+        if args[0] not in self.commands:
+            module_of(args[0])
+        return super().resolve_command(ctx, args)
+
+
+bench = typer.Typer(help="Measure against peers, on the same work, interleaved in one run.", cls=_Benchmarks)
+app.add_typer(bench, name="bench", no_args_is_help=True)
+
+
+@bench.command("train")
+def bench_train(repetitions: Repetitions = 5, output: Json = None, debug: Debug = False) -> None:
+    """A trainer's whole step against a bare loop over the same model and batch."""
+    from armillary.launch.bench import run_benchmark
+
+    _write(output, run_benchmark("train", repetitions))
+
+
+@bench.command("attention")
+def bench_attention(
+    repetitions: Repetitions = 5,
+    io: Annotated[bool, typer.Option("--io", help="meter bytes and FLOP of the GPU kernels, on any machine")] = False,
+    choices: Annotated[bool, typer.Option("--choices", help="print which implementation computes what")] = False,
+    seq: Annotated[int | None, typer.Option(min=1, help="with --io: tokens of the row")] = None,
+    head_dim: Annotated[int | None, typer.Option(min=1, help="with --io: channels of a head")] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="with --io: query heads")] = None,
+    kv_heads: Annotated[int | None, typer.Option(min=1, help="with --io: key heads")] = None,
+    mask: Annotated[
+        str, typer.Option(help='with --io: "full", or "causal,window=4096,sinks=64,block=64,stride=8"')
+    ] = "",
+    documents: Annotated[
+        str, typer.Option(metavar="LIST", help="with --io: lengths in the row, 1000,3000 or a file")
+    ] = "",
+    measure: Annotated[bool, typer.Option("--measure", help="with --io: also ask ncu what a GPU really moves")] = False,
     output: Json = None,
     debug: Debug = False,
 ) -> None:
-    """Measure against peers, on the same work, interleaved in one run."""
-    from armillary.launch.bench import run_benchmark
+    """Attention against torch's on this machine; or its I/O meter, or its table of choices."""
+    from armillary.launch.bench import run_benchmark, with_facts
 
-    _write(output, run_benchmark(name, repetitions))
+    if not io and any((seq, head_dim, heads, kv_heads, mask, documents, measure)):
+        raise ValueError(
+            "bench attention: sizes, --mask, --documents and --measure describe what --io meters; add --io"
+        )
+    if io and choices:
+        raise ValueError("bench attention: give either --io or --choices")
+    if choices:
+        from armillary.launch.bench_attention import print_choices
+
+        result = with_facts("attention", print_choices(), 0)
+    elif io:
+        from armillary.launch import attention_io
+
+        wanted = attention_io.cases(seq, head_dim, heads, kv_heads, mask, documents)
+        result = with_facts("attention", attention_io.print_io(wanted, measure), 0)
+    else:
+        result = run_benchmark("attention", repetitions)
+    _write(output, result)
 
 
 def _write(path: Path | None, result: dict[str, Any]) -> None:

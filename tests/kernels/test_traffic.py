@@ -235,6 +235,20 @@ def test_a_shared_key_head_is_read_once_for_its_group() -> None:
     assert alone.bytes - shared.bytes == 3 * 4 * 2 * 512 * 64
 
 
+def test_heads_that_see_different_blocks_are_counted_apart() -> None:
+    places = Places.in_order(1, 100)
+    mask = Mask(window=8, block=4, stride=3, shift=1)
+
+    def of(first: int, kv_heads: int) -> Traffic:
+        return traffic("forward", Tile(places, places, mask, 1.0, first), Sizes(kv_heads, kv_heads, 8), 8, 8)
+
+    alone = [of(head, 1) for head in range(4)]
+    assert alone[0].tiles != alone[1].tiles
+    together = of(0, 4)
+    for name in ("bytes", "flop", "tiles", "compulsory", "least", "schedule"):
+        assert getattr(together, name) == pytest.approx(sum(getattr(one, name) for one in alone))
+
+
 def test_meter_names_all_kernels_and_refuses_nonsense() -> None:
     places = Places.in_order(2, 16)
     tile, blocks = Tile(places, places, Mask(), 1.0), dict.fromkeys(FLOP, (8, 8))

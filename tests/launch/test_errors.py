@@ -158,7 +158,10 @@ CASES: dict[str, tuple[list[str], str]] = {
         ["parity", "run.toml", "--dtype", "float16"],
         "--dtype float16: allowed are float64 (the proof) and float32",
     ),
-    "no such benchmark": (["bench", "nothing"], "bench nothing: there is no such benchmark; there are: train"),
+    "no such benchmark": (
+        ["bench", "nothing"],
+        "bench nothing: there is no such benchmark; there are: attention, train",
+    ),
 }
 
 
