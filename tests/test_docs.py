@@ -28,10 +28,10 @@ def clone(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["docs/first-run.md"])
-def test_commands_run_as_written(clone, page):
+@pytest.mark.parametrize(("page", "least"), [("docs/first-run.md", 7), ("docs/kernels.md", 4)])
+def test_commands_run_as_written(clone, page, least):
     found = commands(page)
-    assert len(found) >= 7
+    assert len(found) >= least
     for command in found:
         done = subprocess.run(
             ["bash", "-c", command], capture_output=True, text=True, timeout=240, check=False, env=os.environ
@@ -42,6 +42,13 @@ def test_commands_run_as_written(clone, page):
 def test_the_readme_begins_with_the_two_commands():
     """`.ci/run` runs these, word for word."""
     assert commands("README.md")[:2] == ["make demo", "make test"]
+
+
+def test_the_table_of_choices_is_the_one_in_use():
+    from armillary.kernels.attention_choice import CHOICES
+
+    table = "".join(f"| {each.implementation} | {each.where} | {each.why} |\n" for each in CHOICES)
+    assert f"|---|---|---|\n{table}\n" in (ROOT / "docs/kernels.md").read_text()
 
 
 def test_every_page_that_is_linked_exists():
