@@ -110,7 +110,10 @@ def test_several_programs(length: int, form: str, block: int, seed: int | None, 
     x = torch.randn(length, generator=generator)
     if not normal:
         x = torch.randint(-(2**31), 2**31, (length,), generator=generator).to(torch.int32).view(torch.float32)
-    rows = torch.stack([both(lambda x: quantise(x, form, block, seed, offset), y) for y in (x, x.flip(0))])
+    first = both(lambda x: quantise(x, form, block, seed, offset), x)
+    # Of like sizes, so that the order of a sum is seen in its last bits.
+    others = [quantise(x.roll(shift) * factor, form, block) for shift, factor in ((1, 3.7), (7, -0.3), (64, 11.0))]
+    rows = torch.stack([first, *others])
     both(lambda rows: accumulate(rows, length, form, block), rows)
     both(lambda rows: requantise(rows, length, form, block, seed, offset), rows)
 
