@@ -97,6 +97,16 @@ def test_very_large_logits(dtype: torch.dtype) -> None:
     torch.testing.assert_close(buffer[:, :300].double(), slope, rtol=torch.finfo(dtype).eps / 2, atol=1e-6)
 
 
+def test_large_logits_lose_no_digits_of_the_loss() -> None:
+    """A loss of about 1 beside logits of 1e6, whose float32 neighbours are 0.06 apart."""
+    buffer = torch.tensor([[1e6, 1e6 - 0.5, 1e6 + 0.5]], device=DEVICE)
+    labels = torch.tensor([1], device=DEVICE)
+    losses, slope = truth(buffer, labels, 0)
+    got = ours.softmax_rows(buffer, 3, labels, 0.0, slope=True)
+    torch.testing.assert_close(got.double(), losses, rtol=1e-6, atol=0)
+    torch.testing.assert_close(buffer.double(), slope, rtol=1e-6, atol=0)
+
+
 def test_infinite_logits_and_bad_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     """-inf is a token that cannot be; whatever torch finds in the rest, we find. A label beyond the vocabulary: NaN."""
     monkeypatch.setattr(ours, "MAX_BLOCK", 128)

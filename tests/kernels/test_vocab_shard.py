@@ -17,6 +17,7 @@ from torch import Tensor
 
 from armillary.comm import collectives
 from armillary.comm.ledger import Ledger
+from armillary.kernels import cross_entropy
 from armillary.kernels.cross_entropy import IGNORE, VocabShard, linear_cross_entropy
 
 interpreter.install()
@@ -155,6 +156,15 @@ def test_gaps_and_overlaps_are_nan(monkeypatch: pytest.MonkeyPatch, kernels: str
         return linear_cross_entropy(hidden.nan_to_num(0), weight, labels, 4, moved)
 
     assert all(loss.isnan() for loss in in_turn(step, [5, 5]))
+
+
+def test_ranks_cut_the_tokens_alike_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks that followed a rank's own rows would leave the ranks waiting for each other's reductions."""
+    monkeypatch.setitem(cross_entropy.CHUNK_LOGITS, DEVICE, 300 * 31)
+    hidden, weight, labels = inputs(700, 2, 32)
+    parts = split(weight, [1, 31])
+    got = in_turn(lambda rank, shard: share(hidden, parts[rank], labels, None, shard, 0.0), [1, 31])
+    torch.testing.assert_close(put_together(got), whole(hidden, weight, labels, 0.0), rtol=1e-11, atol=1e-11)
 
 
 def test_large_logits_lose_no_digits() -> None:
