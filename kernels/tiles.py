@@ -39,7 +39,7 @@ def run_order(places: Places) -> np.ndarray:
 
 def run_table(places: Places) -> np.ndarray:
     """Start, length, first position and step of each run, in `run_order`: int32 (num_runs, 4)."""
-    return places.runs[run_order(places)][:, [START, LENGTH, POSITION, STEP]].astype(np.int32)
+    return places.runs[run_order(places)][:, [START, LENGTH, POSITION, STEP]].astype(np.int32, order="C")
 
 
 def block_table(ours: Places, theirs: Places, size: int) -> np.ndarray:
@@ -180,7 +180,8 @@ def _tables(tile: Tile, size: int, device: torch.device, by_queries: bool) -> De
     def make() -> DeviceTables:
         blocks, runs = block_table(ours, theirs, size), run_table(theirs)
         ranges = (key_ranges if by_queries else query_ranges)(tile.mask, blocks, runs, tile.first_head)
-        on_host = [torch.from_numpy(table) for table in (blocks[work_order(blocks, ranges)], runs)]
+        blocks = np.ascontiguousarray(blocks[work_order(blocks, ranges)])
+        on_host = [torch.from_numpy(table) for table in (blocks, runs)]
         if device.type == "cuda":
             on_host = [table.pin_memory().to(device, non_blocking=True) for table in on_host]
         return DeviceTables(*on_host)

