@@ -49,7 +49,7 @@ def masks(draw: st.DrawFn) -> Mask:
     """All kinds: causal or not, windows, sinks and strided blocks beside them."""
     block = draw(st.sampled_from([1, 1, 2, 4]))
     window = block * draw(st.integers(1, 8))
-    kind = draw(st.sampled_from(["causal", "full", "window", "band", "sinks", "strided"]))
+    kind = draw(st.sampled_from(["causal", "causal", "full", "window", "band", "sinks", "strided"]))
     if kind in ("causal", "full"):
         return Mask(causal=kind == "causal")
     if kind in ("window", "band"):
@@ -63,9 +63,10 @@ def masks(draw: st.DrawFn) -> Mask:
 
 @st.composite
 def grids(draw: st.DrawFn, batch: int, longest: int = 40) -> Places:
-    """Rows in order from anywhere and in steps; packed documents of any lengths; runs of any documents; any order."""
+    """Rows in order from anywhere and in steps; packed documents of any lengths; a document's chunks in any order; runs
+    of any documents; tokens in any order."""
     seq = draw(st.sampled_from([0, 1, 2, longest // 3, longest]))
-    kind = draw(st.sampled_from(["in order", "packed", "pieces", "shuffled"]))
+    kind = draw(st.sampled_from(["in order", "packed", "chunks", "pieces", "shuffled"]))
     if kind == "in order":
         return Places.in_order(batch, seq, draw(st.integers(0, 30)), draw(st.sampled_from([1, 1, 2, 3])))
     rng = np.random.default_rng(draw(st.integers(0, 2**31)))
@@ -82,8 +83,13 @@ def grids(draw: st.DrawFn, batch: int, longest: int = 40) -> Places:
             positions[row, stretch] = first + step * np.arange(stretch.stop - start)
             documents[row, stretch] = rng.integers(0, 3) if kind == "pieces" else start
             start = stretch.stop
-        if kind == "shuffled":
+        if kind in ("shuffled", "chunks"):
             order = rng.permutation(seq)
+            if kind == "chunks":
+                positions[row], documents[row] = np.arange(seq) + rng.integers(0, 30), 0
+                order = np.concatenate(
+                    [np.arange(seq)[4:9], np.arange(seq)[9:], np.arange(seq)[:4]][:: rng.choice([1, -1])]
+                )
             positions[row], documents[row] = positions[row, order], documents[row, order]
     return Places.of(positions, documents)
 
