@@ -83,6 +83,22 @@ def test_any_layout_and_expanded_gradients() -> None:
     check("norm", of(add_rms_norm), of(plain_added), (base, other, weight), pulls)
 
 
+def test_rows_at_a_distance_are_read_where_they_lie() -> None:
+    """Inputs and gradients alike: the parts of a wider projection and of its gradient."""
+    wide, other, weight = leaves((6, 5, 40), (6, 5, 30), (24,), dtype=torch.float32)
+    pull, push = leaves((6, 5, 50), (6, 5, 60), dtype=torch.float32, seed=1)
+    pulls = (pull[..., 8:32], push[..., 16:40])
+
+    def of(call: Any) -> Any:
+        return lambda a, b, w: call(a[..., 16:], b[..., 6:], w, 1e-5)
+
+    check("norm", of(add_rms_norm), of(plain_added), (wide, other, weight), pulls)
+    alone, plain_alone = (lambda a, w, f=f: f(a[..., 16:], w, 1e-5) for f in (rms_norm, plain))
+    check("norm", alone, plain_alone, (wide, weight), pulls[:1])
+    with tiled(2, 24, parts=2):
+        check("norm", alone, plain_alone, (wide, weight), pulls[:1])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_casts_in_llamas_order(dtype: torch.dtype) -> None:
     """Apart from the root mean square's last bit, which may tip a rounding, the bits are those of plain torch."""
