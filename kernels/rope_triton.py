@@ -19,7 +19,7 @@ def _kernel(
     k_out: tl.tensor,
     cos: tl.tensor,
     sin: tl.tensor,
-    batch: tl.tensor,
+    tokens: tl.tensor,
     seq: tl.tensor,
     q_batch: tl.tensor,
     q_seq: tl.tensor,
@@ -27,7 +27,7 @@ def _kernel(
     k_batch: tl.tensor,
     k_seq: tl.tensor,
     k_head: tl.tensor,
-    table_batch: tl.tensor,
+    table_row: tl.tensor,
     Q_HEADS: tl.constexpr,
     K_HEADS: tl.constexpr,
     HALF: tl.constexpr,
@@ -36,46 +36,16 @@ def _kernel(
     BACK: tl.constexpr,
 ) -> None:
     """The first programs turn the heads of all queries, ROWS at a time, the others those of the keys."""
-    program = tl.program_id(0)
-    q_programs = tl.cdiv(batch * seq * Q_HEADS, ROWS)
-    if program < q_programs:
+    tile = tl.program_id(0)
+    q_tiles = tl.cdiv(tokens * Q_HEADS, ROWS)
+    if tile < q_tiles:
         _turn(
-            q,
-            q_out,
-            cos,
-            sin,
-            program,
-            batch,
-            seq,
-            q_batch,
-            q_seq,
-            q_head,
-            table_batch,
-            Q_HEADS,
-            HALF,
-            ROWS,
-            WIDTH,
-            BACK,
+            q, q_out, cos, sin, tile, tokens, seq, q_batch, q_seq, q_head, table_row, Q_HEADS, HALF, ROWS, WIDTH, BACK
         )
     else:
-        program -= q_programs
+        tile -= q_tiles
         _turn(
-            k,
-            k_out,
-            cos,
-            sin,
-            program,
-            batch,
-            seq,
-            k_batch,
-            k_seq,
-            k_head,
-            table_batch,
-            K_HEADS,
-            HALF,
-            ROWS,
-            WIDTH,
-            BACK,
+            k, k_out, cos, sin, tile, tokens, seq, k_batch, k_seq, k_head, table_row, K_HEADS, HALF, ROWS, WIDTH, BACK
         )
 
 
@@ -86,12 +56,12 @@ def _turn(
     cos: tl.tensor,
     sin: tl.tensor,
     tile: tl.tensor,
-    batch: tl.tensor,
+    tokens: tl.tensor,
     seq: tl.tensor,
     batch_stride: tl.tensor,
     seq_stride: tl.tensor,
     head_stride: tl.tensor,
-    table_batch: tl.tensor,
+    table_row: tl.tensor,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
     ROWS: tl.constexpr,
@@ -102,8 +72,8 @@ def _turn(
     token, head = rows // HEADS, (rows % HEADS).to(tl.int64)
     row, place = (token // seq).to(tl.int64), (token % seq).to(tl.int64)
     pairs = tl.arange(0, WIDTH)[None, :]
-    real = (token < batch * seq)[:, None] & (pairs < HALF)
-    table = (row * table_batch + place * HALF)[:, None] + pairs
+    real = (token < tokens)[:, None] & (pairs < HALF)
+    table = (row * table_row + place * HALF)[:, None] + pairs
     c = tl.load(cos + table, mask=real, other=0.0)
     s = tl.load(sin + table, mask=real, other=0.0)
     if BACK:
@@ -135,7 +105,7 @@ def turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Te
             k_out,
             cos,
             sin,
-            batch,
+            batch * seq,
             seq,
             *q.stride()[:3],
             *k.stride()[:3],
@@ -162,8 +132,8 @@ def specimens() -> list[Specimen]:
 
 def _specimen(head_dim: int, dtype: str) -> Specimen:
     signature = dict.fromkeys(("q", "k", "q_out", "k_out"), f"*{dtype}") | dict.fromkeys(("cos", "sin"), "*fp32")
-    strides = ("q_batch", "q_seq", "q_head", "k_batch", "k_seq", "k_head", "table_batch")
-    signature |= dict.fromkeys(("batch", "seq", *strides), "i32")
+    strides = ("q_batch", "q_seq", "q_head", "k_batch", "k_seq", "k_head", "table_row")
+    signature |= dict.fromkeys(("tokens", "seq", *strides), "i32")
     constants = {"Q_HEADS": 32, "K_HEADS": 8, "HALF": head_dim // 2, "BACK": True, **_shape(head_dim // 2)}
-    loose = frozenset({"batch", "seq"})
+    loose = frozenset({"tokens", "seq"})
     return Specimen(f"rope_{head_dim}_{dtype}", _kernel, signature, constants, unaligned=loose)
