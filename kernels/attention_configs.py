@@ -17,8 +17,12 @@ class BlockConfig:
     keys: int
     num_warps: int
     num_stages: int
+    split: bool = False
+    """Whether gradients of keys and of values are a launch each: their sums together do not fit the registers."""
 
 
+BUCKETS = (64, 128, 256)
+"""Heads up to these lengths share a configuration."""
 KERNELS = ("forward", "query_gradient", "key_gradient")
 
 # (kernel, head_dim up to) -> config, for 16-bit inputs, by architecture; the first that fits is taken.

@@ -8,6 +8,7 @@ import triton
 from torch import Tensor
 
 from armillary.kernels.attention_configs import BlockConfig, block_config
+from armillary.kernels.attention_specimens import all_specimens
 from armillary.kernels.flash_forward import forward_kernel
 from armillary.kernels.flash_key_gradient import key_gradient_kernel
 from armillary.kernels.flash_query_gradient import query_gradient_kernel
@@ -16,6 +17,8 @@ from armillary.kernels.specimen import Specimen
 from armillary.kernels.tiles import Tile, key_tables, query_tables
 
 LOG2E = 1 / math.log(2)
+PARTS = {False: ((True, True),), True: ((True, False), (False, True))}
+"""Whether each launch of the keys' kernel computes the gradient of keys, of values; by `BlockConfig.split`."""
 
 
 def forward(
@@ -64,11 +67,12 @@ def backward(
         **_constants(q, for_queries), **_options(for_queries),
     )  # fmt: skip
     tables = key_tables(tile, for_keys.keys, q.device)
-    key_gradient_kernel[(len(tables.blocks), k.shape[2])](
-        *inputs, dk, dv, tables.blocks, tables.runs, *strides, *dk.stride()[:3], *dv.stride()[:3],
-        tile.scale, *_arguments(q, k, tile), rule=rule_of(tile), ADD_K=add[1], ADD_V=add[2],
-        **_constants(q, for_keys), **_options(for_keys),
-    )  # fmt: skip
+    for keys, values in PARTS[for_keys.split]:
+        key_gradient_kernel[(len(tables.blocks), k.shape[2])](
+            *inputs, dk, dv, tables.blocks, tables.runs, *strides, *dk.stride()[:3], *dv.stride()[:3],
+            tile.scale, *_arguments(q, k, tile), rule=rule_of(tile), KEYS=keys, VALUES=values,
+            ADD_K=add[1] and keys, ADD_V=add[2] and values, **_constants(q, for_keys), **_options(for_keys),
+        )  # fmt: skip
 
 
 def rule_of(tile: Tile) -> Rule:
@@ -98,7 +102,9 @@ def _config(kernel: str, q: Tensor) -> BlockConfig:
 
 
 def architecture_of(device: torch.device) -> str:
-    """Name of a GPU's instruction set, such as sm_90 or gfx942."""
+    """Name of a GPU's instruction set, such as sm_90 or gfx942; the interpreter on the CPU stands in for an sm_90."""
+    if device.type == "cpu":
+        return "sm_90"
     if torch.version.hip:
         return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
@@ -110,36 +116,6 @@ def _rows_of_dims(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-RULES = {
-    "full": Rule(causal=False, window=False, far=False, strided=False, block=1),
-    "causal": Rule(causal=True, window=False, far=False, strided=False, block=1),
-    "window": Rule(causal=True, window=True, far=False, strided=False, block=1),
-    "strided": Rule(causal=True, window=True, far=True, strided=True, block=64),
-}
-"""The kinds of mask whose kernels are compiled as proof."""
-
-
-def specimen(kernel: str, head_dim: int, rule: str, dtype: str, config: BlockConfig, into: bool) -> Specimen:
-    """One kernel of one configuration; `into` folds into or adds to float32 buffers."""
-    function = {"forward": forward_kernel, "query_gradient": query_gradient_kernel, "key_gradient": key_gradient_kernel}
-    flags = {"forward": ("FOLD",), "query_gradient": ("ADD",), "key_gradient": ("ADD_K", "ADD_V")}[kernel]
-    narrow, results = f"*{dtype}", "*fp32" if into else f"*{dtype}"
-    fixed = {"lse_ptr": "*fp32", "score_offset_ptr": "*fp32", "slope_offset_ptr": "*fp32", "scale": "fp32"}
-    fixed |= dict.fromkeys(("blocks_ptr", "runs_ptr"), "*i32")
-    fixed |= dict.fromkeys(("out_ptr", "dq_ptr", "dk_ptr", "dv_ptr"), results)
-    constants = {"rule": RULES[rule], "D": triton.next_power_of_2(head_dim), "HEAD_DIM": head_dim}
-    constants |= {"BM": config.queries, "BN": config.keys} | dict.fromkeys(flags, into)
-    names = [name for name in function[kernel].arg_names if name not in constants]
-    signature = {name: fixed.get(name, narrow if name.endswith("_ptr") else "i32") for name in names}
-    odd = {"group", "reach", "sinks", "stride", "shift", "first_head"}
-    odd |= {"lse_batch", "lse_head", "offset_batch", "offset_head"}
-    return Specimen(
-        f"attention_{kernel}_d{head_dim}_{rule}_{dtype}{'_into' * into}",
-        function[kernel],
-        signature,
-        constants,
-        config.num_warps,
-        config.num_stages,
-        unaligned=frozenset(odd),
-        tensor_cores=dtype != "fp32",
-    )
+def specimens() -> list[Specimen]:
+    """See `attention_specimens.py`."""
+    return all_specimens()

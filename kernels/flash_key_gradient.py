@@ -32,11 +32,12 @@ def load_gradient(tile, inside, ADD: tl.constexpr, BN: tl.constexpr, D: tl.const
 @triton.jit
 def add_queries(
     gradients, k, v, shown, q_run, d_out_run, score_offset, slope_offset, q_seq, d_out_seq, low, high, scale,
-    MASKED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr
+    MASKED: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr
 ):  # fmt: skip
     """Adds what queries low .. high of a run give to the gradients of a block of keys and values, but for the scale.
 
-    With MASKED, a key is seen by the queries between its two bounds `shown`.
+    With MASKED, a key is seen by the queries between its two bounds `shown`. Of KEYS and VALUES at least one is asked.
     """
     dk, dv = gradients
     rows, dims = tl.arange(0, BM), tl.arange(0, D)
@@ -52,10 +53,12 @@ def add_queries(
             p = tl.where((number >= shown[0][:, None]) & (number < shown[1][:, None]), p, 0.0)
         d_out_tile = d_out_run + tl.cast(start, tl.int64) * d_out_seq + (rows[:, None] * d_out_seq + dims[None, :])
         d_out = load_tile(d_out_tile, here[:, None], dims[None, :] < HEAD_DIM, MASKED, HEAD_DIM != D)
-        dv = tl.dot(p.to(d_out.dtype), d_out, dv, input_precision="ieee")
-        offset = load_tile(slope_offset + start + rows, here, here, MASKED, False)
-        slopes = tl.dot(v, tl.trans(d_out), tl.broadcast_to(offset[None, :], [BN, BM]), input_precision="ieee")
-        dk = tl.dot((p * slopes).to(q.dtype), tl.trans(q), dk, input_precision="ieee")
+        if VALUES:
+            dv = tl.dot(p.to(d_out.dtype), d_out, dv, input_precision="ieee")
+        if KEYS:
+            offset = load_tile(slope_offset + start + rows, here, here, MASKED, False)
+            slopes = tl.dot(v, tl.trans(d_out), tl.broadcast_to(offset[None, :], [BN, BM]), input_precision="ieee")
+            dk = tl.dot((p * slopes).to(q.dtype), tl.trans(q), dk, input_precision="ieee")
     return dk, dv
 
 
@@ -65,10 +68,13 @@ def key_gradient_kernel(
     d_out_batch, d_out_seq, d_out_head, q_batch, q_seq, q_head, k_batch, k_seq, k_head, v_batch, v_seq, v_head,
     offset_batch, offset_head, dk_batch, dk_seq, dk_head, dv_batch, dv_seq, dv_head,
     scale, group, reach, sinks, stride, shift, first_head,
-    rule: tl.constexpr, ADD_K: tl.constexpr, ADD_V: tl.constexpr,
+    rule: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, ADD_K: tl.constexpr, ADD_V: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr
 ):  # fmt: skip
-    """Grid (blocks of keys, key heads); the query heads of a key head follow one another inside a program."""
+    """Grid (blocks of keys, key heads); the query heads of a key head follow one another inside a program.
+
+    KEYS and VALUES say which of the two gradients to compute: where a head is too long for both at once, one launch each.
+    """
     row, first, count, position, step, first_run, last_run = load_block(blocks_ptr, tl.program_id(0))
     kv_head = tl.program_id(1)
     limits = (reach, sinks, stride, shift * (first_head + kv_head))
@@ -104,15 +110,17 @@ def key_gradient_kernel(
                 gradients = add_queries(
                     gradients, k, v, shown, q_run, d_out_run, score_run, slope_run, q_seq, d_out_seq,
                     tl.where(edge == 0, begin, to_middle), tl.where(edge == 0, tl.minimum(from_middle, end), end),
-                    scale * LOG2E, True, BM, BN, D, HEAD_DIM
+                    scale * LOG2E, True, KEYS, VALUES, BM, BN, D, HEAD_DIM
                 )  # fmt: skip
             gradients = add_queries(
                 gradients, k, v, (0, 0), q_run, d_out_run, score_run, slope_run, q_seq, d_out_seq,
-                from_middle, to_middle, scale * LOG2E, False, BM, BN, D, HEAD_DIM
+                from_middle, to_middle, scale * LOG2E, False, KEYS, VALUES, BM, BN, D, HEAD_DIM
             )  # fmt: skip
 
     dk, dv = gradients
-    dk_tile = dk_block + (columns[:, None] * dk_seq + dims[None, :])
-    tl.store(dk_tile, (dk * scale).to(dk_ptr.dtype.element_ty), mask=inside)
-    dv_tile = dv_block + (columns[:, None] * dv_seq + dims[None, :])
-    tl.store(dv_tile, dv.to(dv_ptr.dtype.element_ty), mask=inside)
+    if KEYS:
+        dk_tile = dk_block + (columns[:, None] * dk_seq + dims[None, :])
+        tl.store(dk_tile, (dk * scale).to(dk_ptr.dtype.element_ty), mask=inside)
+    if VALUES:
+        dv_tile = dv_block + (columns[:, None] * dv_seq + dims[None, :])
+        tl.store(dv_tile, dv.to(dv_ptr.dtype.element_ty), mask=inside)
