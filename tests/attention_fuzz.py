@@ -136,9 +136,8 @@ def run(case: Case, dtype: torch.dtype, module: Any) -> list[Tensor]:
     k, v = (case.tensor(i, tile.keys.seq, case.kv_heads, dtype) for i in (1, 2))
     d_out = case.tensor(3, tile.queries.seq, heads, dtype)
     out, lse = before(case, torch.float32 if case.into else dtype)
-    grads = [
-        torch.full_like(t, 0.5, dtype=torch.float32) if case.into else torch.full_like(t, math.nan) for t in (q, k, v)
-    ]
+    results = torch.float32 if case.into else dtype
+    grads = [torch.full_like(tensor, 0.5 if case.into else math.nan, dtype=results) for tensor in (q, k, v)]
     if not case.into:
         out, lse = out.fill_(math.nan), lse.fill_(math.nan)
     if q.numel():
