@@ -23,6 +23,8 @@ class BlockConfig:
 
 BUCKETS = (64, 128, 256)
 """Heads up to these lengths share a configuration."""
+MOST_REGISTERS = 255
+"""Asked for by name on NVIDIA's GPUs: left alone, ptxas spills some for the sake of more programs at once."""
 KERNELS = ("forward", "query_gradient", "key_gradient")
 
 # (kernel, head_dim up to) -> config, for 16-bit inputs, by architecture; the first that fits is taken.

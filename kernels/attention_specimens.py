@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 import triton
 
-from armillary.kernels.attention_configs import BUCKETS, KERNELS, BlockConfig, block_config
+from armillary.kernels.attention_configs import BUCKETS, KERNELS, MOST_REGISTERS, BlockConfig, block_config
 from armillary.kernels.flash_forward import forward_kernel
 from armillary.kernels.flash_key_gradient import key_gradient_kernel
 from armillary.kernels.flash_query_gradient import query_gradient_kernel
@@ -76,6 +76,7 @@ def specimens_of(
             constants | variant,
             config.num_warps,
             config.num_stages,
+            MOST_REGISTERS,
             unaligned=ODD,
             architectures=architectures,
             tensor_cores=dtype != "fp32",

@@ -7,7 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
-from armillary.kernels.attention_configs import BlockConfig, block_config
+from armillary.kernels.attention_configs import MOST_REGISTERS, BlockConfig, block_config
 from armillary.kernels.attention_specimens import all_specimens
 from armillary.kernels.flash_forward import forward_kernel
 from armillary.kernels.flash_key_gradient import key_gradient_kernel
@@ -94,7 +94,8 @@ def _constants(q: Tensor, config: BlockConfig) -> dict[str, Any]:
 
 def _options(config: BlockConfig) -> dict[str, Any]:
     # Triton 3.10 turns fusion of multiply and add off unless it is asked for.
-    return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+    return options if torch.version.hip else options | {"maxnreg": MOST_REGISTERS}
 
 
 def _config(kernel: str, q: Tensor) -> BlockConfig:

@@ -21,6 +21,9 @@ class Specimen:
     """Value of each `tl.constexpr` argument."""
     num_warps: int = 4
     num_stages: int = 2
+    max_registers: int | None = None
+    """What the launch allows a thread on NVIDIA's GPUs; None leaves it to the compiler, which may spill a few registers
+    for the sake of more programs at once."""
     unaligned: frozenset[str] = field(default_factory=frozenset)
     """Integer arguments that need not be multiples of 16; pointers always are."""
     architectures: tuple[str, ...] = ARCHITECTURES

@@ -156,6 +156,8 @@ def _compile(specimen: Specimen, device: Device) -> Any:
         if kind.startswith("*") or (kind[0] in "iu" and kind != "i1" and name not in specimen.unaligned)
     }
     options = {"num_warps": specimen.num_warps, "num_stages": specimen.num_stages, "enable_fp_fusion": True}
+    if specimen.max_registers is not None and device.backend == "cuda":
+        options["maxnreg"] = specimen.max_registers
     return triton.compile(
         ASTSource(specimen.kernel, signature, constexprs=constants, attrs=attributes),
         target=GPUTarget(device.backend, device.name, device.warp_size),
