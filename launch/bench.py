@@ -7,12 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from armillary.train.run_folder import machine_facts
-
 Row = dict[str, Any]
 """`name`, `seconds` (median), `ratio`, `bytes`, `measured` or `simulated` (true), `note`, and what else there is."""
 BENCHMARKS = {
     "attention": "armillary.launch.bench_attention",
+    "gpu": "armillary.launch.bench_gpu",
     "train": "armillary.launch.bench_train",
 }
 """Module of each benchmark; it has `rows(repetitions) -> list[Row]`."""
@@ -51,10 +50,13 @@ def print_table(lines: list[list[str]]) -> None:
 
 def with_facts(name: str, rows: list[Row], repetitions: int) -> dict[str, Any]:
     """The rows as they are written to a file: on which commit, machine and versions, by which command."""
-    return {"benchmark": name, "repetitions": repetitions, "commit": _commit(), **machine_facts(), "rows": rows}
+    # Here, so that benchmarks of kernels need none of the packages that only training needs.
+    from armillary.train.run_folder import machine_facts
+
+    return {"benchmark": name, "repetitions": repetitions, "commit": commit(), **machine_facts(), "rows": rows}
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit of the working tree, with a mark if it differs; empty where there is none."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)

@@ -106,6 +106,34 @@ def report(runs: list[str], debug: Debug = False) -> None:
         print(write_report(folder.path))
 
 
+@app.command(context_settings={"allow_interspersed_args": False})
+def lab(
+    command: Annotated[list[str], typer.Argument(metavar="-- COMMAND", help="what to run on every host")] = [],  # noqa: B006
+    hosts: Annotated[int, typer.Option(help="how many hosts")] = 2,
+    rate: Annotated[str, typer.Option(help="of each host's link; one, or one a host")] = "1gbit",
+    topology: Annotated[str, typer.Option(help="star (one port a host), ring or mesh (a link a pair)")] = "star",
+    levels: Annotated[str, typer.Option(help='groups of hosts, from the innermost out: "pair:2,node:4"')] = "",
+    slow_rate: Annotated[str, typer.Option(help="between the groups of each level: 50mbit,20mbit")] = "",
+    cpus: Annotated[str, typer.Option(help="cores of each host; one, or one a host: 0.5,0.5,0.25")] = "",
+    memory: Annotated[str, typer.Option(help="limit of each host; one, or one a host: 2g")] = "",
+    ranks_per_host: Annotated[int, typer.Option(help="times that COMMAND runs on each host")] = 1,
+    clean: Annotated[bool, typer.Option("--clean", help="only remove what killed labs have left behind")] = False,
+    output: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Run a command on an uneven cluster: hosts on this machine with rate-limited links, CPU quotas, memory limits."""
+    from armillary.launch.lab_run import remove_leftovers, run_in_lab
+    from armillary.launch.lab_spec import read_spec
+
+    if clean:
+        remove_leftovers()
+        return
+    spec = read_spec(hosts, rate, topology, levels, slow_rate, cpus, memory, ranks_per_host)
+    result = run_in_lab(spec, command)
+    _write(output, result)
+    raise typer.Exit(result["exit_code"])
+
+
 class _Benchmarks(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         from armillary.launch.bench import module_of
@@ -167,6 +195,22 @@ def bench_attention(
     else:
         result = run_benchmark("attention", repetitions)
     _write(output, result)
+
+
+@bench.command("gpu")
+def bench_gpu(
+    repetitions: Repetitions = 20,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="tiny sizes on the CPU, nothing measured")] = False,
+    only: Annotated[list[str], typer.Option(metavar="SECTION", help="one section; may be repeated")] = [],  # noqa: B006
+    output: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="instead of docs/benchmarks/gpu-DEVICE.json")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """All kernels on one CUDA card, in under nine minutes: exactness, speed, peers, other block sizes."""
+    from armillary.launch.bench_gpu import failed, measure
+
+    raise typer.Exit(FAILED if failed(measure(repetitions, output, dry_run, only)) else 0)
 
 
 def _write(path: Path | None, result: dict[str, Any]) -> None:

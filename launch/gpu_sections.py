@@ -1,0 +1,161 @@
+"""What `armillary bench gpu` does on one card, section by section, and how each is run in a process of its own.
+
+A kernel that reads where it may not ends the process that launched it, and one that never ends must be killed: so no
+section runs in the process that writes the result. `python -m armillary.launch.gpu_sections` is such a process.
+"""
+
+import argparse
+import gc
+import importlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+Job = tuple[str, Callable[[], list[Row]]]
+"""A name, and what measures or checks it."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One of the parts that are asked for by name."""
+
+    name: str
+    module: str
+    """Has `jobs(setting) -> list[Job]`."""
+    seconds: float
+    """Most that it may take."""
+    parts: int = 1
+    """Processes that share its jobs on one card at once; more than one only where nothing is timed."""
+    prepared: bool = False
+    """Whether many processes compile its kernels before they are timed."""
+
+
+SECTIONS = (
+    Section("device", "gpu_facts", 40),
+    Section("correctness", "gpu_correctness", 150, parts=6),
+    Section("layer correctness", "gpu_layer_correctness", 90, parts=2),
+    Section("attention", "gpu_attention", 130, prepared=True),
+    Section("layers", "gpu_layer", 80, prepared=True),
+    Section("candidates", "gpu_candidates", 70, prepared=True),
+    Section("profile", "gpu_profile", 50),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the share `--part i/n` of the jobs of sections and adds a line of JSON to `--out` for each row."""
+    parser = argparse.ArgumentParser(prog="python -m armillary.launch.gpu_sections", description=__doc__)
+    parser.add_argument("section", nargs="+", choices=[section.name for section in SECTIONS])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--part", default="0/1")
+    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--repetitions", type=int, default=20)
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--prepare", action="store_true")
+    options = parser.parse_args(arguments)
+    deadline = time.monotonic() + options.seconds
+    share, parts = map(int, options.part.split("/"))
+    from armillary.launch.gpu_timing import Setting, warm_up
+
+    setting = Setting(options.dry_run, options.repetitions, options.prepare)
+    make_ready(setting.dry)
+    with open(options.out, "a") as file:
+        for section in (section for section in SECTIONS if section.name in options.section):
+            jobs = importlib.import_module(f"armillary.launch.{section.module}").jobs(setting)[share::parts]
+            if section.parts == 1:
+                warm_up(setting)
+            for name, job in jobs:
+                for row in run_job(name, job, deadline):
+                    row = complete(row, section.name, setting.dry)
+                    file.write(json.dumps(finite(row)) + "\n")
+                    file.flush()
+                    if not setting.prepare:
+                        print(f"{section.name}: {line(row)}", flush=True)
+                gc.collect()
+    return 0
+
+
+def make_ready(dry: bool) -> None:
+    """Options of torch that the comparisons need; in a dry run the table of an H100 on a machine without one."""
+    import torch
+
+    torch.manual_seed(0)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    # The gradients of compiled peers are taken many times from one forward pass.
+    with suppress(ImportError, AttributeError):
+        setattr(importlib.import_module("torch._functorch.config"), "donated_buffer", False)  # noqa: B010
+    if dry:
+        from armillary.kernels import attention_triton
+
+        attention_triton.architecture_of = lambda device: "sm_90"
+
+
+def run_job(name: str, job: Callable[[], list[Row]], deadline: float) -> list[Row]:
+    """Its rows; where it raises, or there is no time left, one row that says so."""
+    from armillary.launch.gpu_timing import error_text
+
+    if time.monotonic() > deadline:
+        return [{"name": name, "ok": False, "error": "not run: the time of the section was up"}]
+    try:
+        return job()
+    except Exception as error:  # whatever it is, the other jobs go on, and the row tells
+        return [{"name": name, "ok": False, "error": error_text(error)}]
+
+
+def complete(row: Row, section: str, dry: bool) -> Row:
+    """With all keys that a row of a benchmark has. What has an error was not measured."""
+    measured = not dry and "error" not in row
+    empty = {"seconds": 0.0, "ratio": 0.0, "bytes": 0, "note": "", "ok": True}
+    return {"section": section, **empty, "measured": measured, **({"dry": True} if dry else {}), **row}
+
+
+def finite(value: Any) -> Any:
+    """With None in place of numbers that JSON has not."""
+    if isinstance(value, dict):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def line(row: Row) -> str:
+    """One line for a person."""
+    told = [row["name"]]
+    if row["seconds"]:
+        told.append(f"{row['seconds'] * 1e3:.3f} ms")
+    if row["ratio"]:
+        told.append(f"ratio {row['ratio']:.2f}")
+    told += [f"{row[key]:.0f} {unit}" for key, unit in (("tflops", "TFLOP/s"), ("gb_per_s", "GB/s")) if key in row]
+    if "target" in row:
+        told.append(f"target {row['target']}: {'reached' if row['reached'] else 'MISSED'}")
+    told.append(row.get("error") or row["note"])
+    return ("" if row["ok"] else "FAILED ") + "  ".join(filter(None, told))
+
+
+def environment(dry: bool) -> dict[str, str]:
+    """Of a section's process."""
+    kept = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "ARMILLARY_KERNELS")}
+    # One: each process compiles alone, and there are as many as there are processors for.
+    kept |= {"ARMILLARY_KERNELS": "triton", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    return kept | ({"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} if dry else {})
+
+
+def command(
+    sections: Sequence[Section], out: Path, part: str, seconds: float, repetitions: int, dry: bool, prepare: bool
+) -> list[str]:
+    """Of a section's process; several sections share one in a dry run."""
+    options = ["--out", str(out), "--part", part, "--seconds", f"{seconds:.0f}", "--repetitions", str(repetitions)]
+    flags = ["--dry-run"] * dry + ["--prepare"] * prepare
+    names = [section.name for section in sections]
+    return [sys.executable, "-m", "armillary.launch.gpu_sections", *names, *options, *flags]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,211 @@
+"""`armillary bench gpu`: a dry run goes every way that a real one goes, and where it cannot run it says so."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from armillary.kernels.attention_configs import KERNELS
+from armillary.launch import bench_gpu, gpu_compare, gpu_sections, gpu_shards, gpu_timing
+from armillary.launch.gpu_attention import cases, document_lengths
+from armillary.launch.gpu_report import write_aside
+from armillary.launch.gpu_sections import SECTIONS, Section, complete, finite, run_job
+from armillary.launch.gpu_targets import LENGTH, TARGETS
+from armillary.launch.gpu_timing import Setting, measure
+
+ROOT = Path(__file__).parent.parent.parent
+
+MISSING = "pydantic datasets wandb xxhash tomli_w tensorboard"
+BLOCK = f"""
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {MISSING.split()!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Missing())
+"""
+
+
+@pytest.fixture
+def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to run in, as on a card's machine: no installation of ours, and nothing that training needs."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(BLOCK)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "site"), str(ROOT / ".pkg")]))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def armillary(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
+
+
+@pytest.mark.slow
+def test_a_dry_run_goes_every_way(bare: Path) -> None:
+    pytest.importorskip("triton")
+    done = armillary("armillary.launch", "bench", "gpu", "--dry-run", "--json", "dry.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((bare / "dry.json").read_text())
+    rows = result["rows"]
+    assert not [row for row in rows if not row["ok"] or row["measured"] or not row["dry"]]
+    assert {"name", "seconds", "ratio", "bytes", "note", "section"} <= set.intersection(*map(set, rows))
+    assert [section["name"] for section in result["sections"]] == [section.name for section in SECTIONS]
+    assert all(any(row["section"] == section.name for row in rows) for section in SECTIONS)
+    assert {row["kernel"] for row in rows if row["section"] == "candidates"} == set(KERNELS)
+    assert result["notes"]["flop"].startswith("as in the FlashAttention papers: 4 *")
+    attention = [row for row in rows if row["section"] == "attention"]
+    assert all({"flash", "flex"} <= row["peers"].keys() for row in attention)
+    assert all(row["bytes"] > 0 and row["tflops"] > 0 for row in attention)
+    assert not (bare / "docs").exists()
+    assert done.stdout.count("FAILED") == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would run")
+@pytest.mark.parametrize("module", [("armillary.launch", "bench", "gpu"), ("armillary.launch.bench_gpu",)])
+def test_without_a_gpu_one_sentence(bare: Path, module: tuple[str, ...]) -> None:
+    pytest.importorskip("triton")
+    done = armillary(*module)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: bench gpu: this needs an NVIDIA GPU, and torch finds none; --dry-run shows what would be run\n"
+    )
+    assert not (bare / "docs").exists()
+
+
+def test_an_unknown_section_is_refused() -> None:
+    with pytest.raises(ValueError, match="there is no section 'speed'; there are: device, correctness"):
+        bench_gpu.measure(1, None, dry=True, only=["speed"])
+
+
+def run_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, program: str, seconds: float = 60) -> bench_gpu.Run:
+    """One section whose process is `program`; %s is the file of its rows."""
+    monkeypatch.setattr(bench_gpu, "GRACE", 0.0)
+
+    def command(sections: Any, out: Path, *rest: Any) -> list[str]:
+        return [sys.executable, "-c", program.replace("OUT", repr(str(out)))]
+
+    monkeypatch.setattr(bench_gpu, "command", command)
+    run = bench_gpu.Run(False, 1, lambda run: write_aside(tmp_path / "x.json", str(len(run.rows)).encode()), tmp_path)
+    bench_gpu._run_section(run, [Section("device", "gpu_facts", seconds)], seconds)
+    return run
+
+
+ROW = '{"name": "a", "section": "device", "ok": true, "seconds": 1, "ratio": 1, "note": ""}'
+
+
+def test_a_process_that_dies_loses_only_what_it_had_not_done(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As after a kernel that reads where it may not."""
+    program = f"import os; open(OUT, 'w').write('{ROW}\\n' + '{{\"name\": '); os.abort()"
+    run = run_with(monkeypatch, tmp_path, program)
+    assert [row["ok"] for row in run.rows] == [True, False]
+    assert "ended early: -6" in run.rows[1]["error"]
+    assert not run.sections[0]["ok"]
+    assert bench_gpu.failed({"sections": run.sections})
+    assert (tmp_path / "x.json").read_text() == "2"
+
+
+def test_a_process_that_never_ends_is_ended_with_what_it_started(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    program = f"import time, subprocess, sys; open(OUT, 'w').write('{ROW}\\n'); "
+    program += "p = subprocess.Popen(['sleep', '300']); open(OUT + '.pid', 'w').write(str(p.pid)); time.sleep(300)"
+    began = time.monotonic()
+    run = run_with(monkeypatch, tmp_path, program, seconds=4)
+    assert time.monotonic() - began < 30
+    assert "killed after 4 s" in run.rows[1]["error"]
+    pid = (tmp_path / "gpu_facts-0.pid").read_text()
+    state = Path(f"/proc/{pid}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+def test_a_job_that_raises_is_a_row_and_one_without_time_too() -> None:
+    def job() -> list[Any]:
+        raise RuntimeError("out of\nresources")
+
+    later = time.monotonic() + 60
+    assert run_job("x", job, later) == [{"name": "x", "ok": False, "error": "RuntimeError: out of resources"}]
+    assert run_job("x", list, time.monotonic() - 1)[0]["error"] == "not run: the time of the section was up"
+    row = complete({"name": "x", "ok": False, "error": "no"}, "device", False)
+    assert not row["measured"]
+    assert complete({"name": "x"}, "device", False)["measured"]
+    assert finite({"a": [float("nan"), 1.0], "b": (float("inf"),)}) == {"a": [None, 1.0], "b": [None]}
+
+
+def test_all_sections_fit_into_the_time_of_the_command() -> None:
+    assert bench_gpu.SECONDS < 9 * 60
+    assert {section.name for section in SECTIONS if section.prepared} == {"attention", "layers", "candidates"}
+    assert all(gpu_sections.importlib.import_module(f"armillary.launch.{section.module}").jobs for section in SECTIONS)
+
+
+def test_what_is_timed_has_a_target_where_the_issue_has_one() -> None:
+    found = list(cases(dry=False))
+    kinds = {(case.head_dim, case.kind) for case in found if case.seq == LENGTH and case.heads == case.kv_heads}
+    assert {(head_dim, mask) for _, head_dim, mask in TARGETS} == kinds
+    assert {case.batch * case.seq for case in found} == {16384}
+    assert {case.seq for case in found} == {1024, 2048, 4096, 8192, 16384}
+    assert {"packed", "window"} < {case.kind for case in found}
+    assert len({case.name for case in found}) == len(found)
+
+
+def test_flop_is_counted_as_in_the_papers() -> None:
+    by_name = {case.name: case for case in cases(dry=False)}
+    assert by_name["d128 full 8192"].flop() == 4 * 8192**2 * 128 * 16 * 2
+    assert by_name["d128 causal 8192"].flop() == by_name["d128 full 8192"].flop() / 2
+    window = by_name["d128 window 4096 of 16384"]
+    pairs = sum(min(query + 1, 4096) for query in range(16384))
+    assert window.flop() == 4 * 16 * 128 * pairs
+    lengths = document_lengths(16384)
+    assert sum(lengths) == 16384
+    assert min(lengths) > 0
+
+
+def test_a_turn_that_fails_is_told_and_the_others_are_timed() -> None:
+    def bad() -> None:
+        raise RuntimeError("cannot")
+
+    times = measure({"a": lambda: time.sleep(0.01), "b": bad}, Setting(dry=True))
+    assert times.errors == {"b": "RuntimeError: cannot"}
+    assert times.seconds.keys() == {"a"}
+    assert times.seconds["a"] >= 0.01
+
+
+def test_the_rule_of_errors_finds_what_is_wrong() -> None:
+    truth = torch.randn(50, dtype=torch.float64)
+    peer = truth.float()
+    good = gpu_compare.judge("x", ["out"], [peer], [peer], [truth], [peer.clone()])
+    assert good["ok"]
+    wrong = peer.clone()
+    wrong[7] += 1e-5
+    assert not gpu_compare.judge("x", ["out"], [wrong], [peer], [truth], [wrong])["ok"]
+    unwritten = peer.clone()
+    unwritten[3] = torch.nan
+    assert not gpu_compare.judge("x", ["out"], [unwritten], [peer], [truth], [unwritten])["ok"]
+    assert not gpu_compare.judge("x", ["out"], [peer], [peer], [truth], [wrong])["ok"]
+    blind = torch.tensor([-torch.inf, 1.0], dtype=torch.float64)
+    for lse, ok in ((blind.float(), True), (torch.tensor([0.0, 1.0]), False), (torch.tensor([-torch.inf, 1.1]), False)):
+        assert gpu_compare.judge("x", ["lse"], [lse], [lse], [blind], [lse])["ok"] == ok
+
+
+def test_shards_are_the_whole() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(9, 8, generator=generator, dtype=torch.float64)
+    weight = torch.randn(31, 8, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 31, (9,), generator=generator)
+    loss, *_ = gpu_shards.in_shards(hidden, weight, labels, 4, torch.ones(()).double())
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(hidden @ weight.T, labels, reduction="sum"))
+    with pytest.raises(RuntimeError, match="must match the size"):
+        gpu_shards.in_shards(hidden, weight, labels[:3], 4, torch.ones(()).double())
+
+
+def test_times_of_a_gpu_are_told_as_they_are_taken() -> None:
+    assert gpu_timing.FLUSHED == 256 << 20
+    assert "256 MiB" in bench_gpu.NOTES["time"]
