@@ -1,0 +1,223 @@
+"""`armillary lab`: runs one command as the ranks of a lab's hosts, and tells what went over which link."""
+
+import contextlib
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import IO, Any
+
+from armillary.launch.bench import commit, print_table
+from armillary.launch.lab import Lab, clean, lab, why_not
+from armillary.launch.lab_machines import SECONDS_TO_END, end
+from armillary.launch.lab_spec import LabSpec, show_memory, show_rate
+
+ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+
+
+class _Stopped(Exception):
+    """A signal asked the lab to end."""
+
+
+@dataclass
+class _Rank:
+    """One process of the command."""
+
+    name: str
+    host: int
+    process: "subprocess.Popen[str]"
+    readers: list[threading.Thread]
+    exit_code: int | None = None
+
+
+def run_in_lab(spec: LabSpec, command: Sequence[str]) -> dict[str, Any]:
+    """Runs a command on every host, prints its output and a table, and returns the figures with `exit_code`.
+
+    The exit code is that of the first rank that failed; then the others are stopped.
+
+    Raises:
+        ValueError: if there is no such command, or a lab is not permitted here.
+    """
+    if not command:
+        raise ValueError("say what to run on each host, after --, for example: armillary lab --hosts 2 -- hostname")
+    if shutil.which(command[0]) is None:
+        raise ValueError(f"{command[0]}: there is no such command to run on the hosts")
+    _warn(spec)
+    with _signals_raise(), lab(spec) as it:
+        ranks: list[_Rank] = []
+        before, began = it.sent(), time.monotonic()
+        try:
+            ranks = [_start(it, host, local, command) for host in range(spec.num_hosts) for local in _locals(spec)]
+            exit_code = _wait(ranks)
+        except (_Stopped, KeyboardInterrupt) as stop:
+            number = signal.SIGINT if isinstance(stop, KeyboardInterrupt) else stop.args[0]
+            exit_code = 128 + number
+            print(f"stopped by {signal.Signals(number).name}", file=sys.stderr)
+        wall = time.monotonic() - began
+        _stop(it, ranks)
+        result = _figures(it, ranks, before, wall, exit_code)
+    _print(result)
+    return {"command": shlex.join(command), "commit": commit(), "measured": True, **result}
+
+
+def remove_leftovers() -> None:
+    """Removes, and prints the names of, what labs of dead processes have left behind.
+
+    Raises:
+        ValueError: where a lab is not permitted, and so none can have been.
+    """
+    if why := why_not():
+        raise ValueError(why)
+    for name in clean():
+        print(f"removed {name}")
+
+
+def _warn(spec: LabSpec) -> None:
+    cores = os.cpu_count() or 1
+    if spec.cpus and sum(spec.cpus) > cores:
+        print(
+            f"note: the hosts have {sum(spec.cpus):g} cores together, this machine {cores}: not all can have theirs",
+            file=sys.stderr,
+        )
+
+
+def _locals(spec: LabSpec) -> range:
+    return range(spec.ranks_per_host)
+
+
+def _start(it: Lab, host: int, local: int, command: Sequence[str]) -> _Rank:
+    name = it.hosts[host].name + (f".{local}" if it.spec.ranks_per_host > 1 else "")
+    process = it.hosts[host].popen(
+        command,
+        it.rank_environment(host, local),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    )
+    readers = []
+    for source, target in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
+        readers.append(threading.Thread(target=_pass_on, args=(name, source, target), daemon=True))
+        readers[-1].start()
+    return _Rank(name, host, process, readers)
+
+
+def _pass_on(name: str, source: IO[str], target: IO[str]) -> None:
+    """Prints a process's lines as they come, each in one piece, after its host's name."""
+    for line in source:
+        with contextlib.suppress(BrokenPipeError):
+            target.write(f"{name} | {line.rstrip()}\n")
+            target.flush()
+
+
+def _wait(ranks: list[_Rank]) -> int:
+    """Waits until all ranks have ended well, or one has not; the exit code."""
+    while any(rank.exit_code is None for rank in ranks):
+        for rank in ranks:
+            if rank.exit_code is None and (code := rank.process.poll()) is not None:
+                rank.exit_code = _as_a_shell(code)
+                if code != 0:
+                    return rank.exit_code
+        time.sleep(0.01)
+    return 0
+
+
+def _as_a_shell(code: int) -> int:
+    return 128 - code if code < 0 else code
+
+
+def _stop(it: Lab, ranks: list[_Rank]) -> None:
+    """Ends what still runs: first asks, so that it may save, then ends all that is on the hosts."""
+    running = [rank for rank in ranks if rank.process.poll() is None]
+    for rank in running:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(rank.process.pid, signal.SIGTERM)
+    deadline = time.monotonic() + SECONDS_TO_END
+    while any(rank.process.poll() is None for rank in running) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    for host in it.hosts:
+        end(host.machine)
+    for rank in ranks:
+        rank.exit_code = _as_a_shell(rank.process.wait())
+        for reader in rank.readers:
+            reader.join(SECONDS_TO_END)
+
+
+def _figures(
+    it: Lab, ranks: list[_Rank], before: dict[str, tuple[int, int]], wall: float, exit_code: int
+) -> dict[str, Any]:
+    moved = {name: (sent[0] - before[name][0], sent[1] - before[name][1]) for name, sent in it.sent().items()}
+    spec = it.spec
+    hosts: list[dict[str, Any]] = []
+    for number, host in enumerate(it.hosts):
+        own = [
+            moved[link.name][:: 1 if link.hosts[0] == number else -1]
+            for link in it.network.links
+            if number in link.hosts
+        ]
+        hosts.append(
+            {
+                "name": host.name,
+                "address": host.address,
+                "cpus": spec.cpus[number] if spec.cpus else None,
+                "memory": spec.memory[number] if spec.memory else None,
+                "exit_codes": [rank.exit_code for rank in ranks if rank.host == number],
+                "cpu_seconds": host.machine.cpu_seconds(),
+                "memory_kills": host.machine.memory_kills(),
+                "sent": sum(pair[0] for pair in own),
+                "received": sum(pair[1] for pair in own),
+            }
+        )
+    links = [
+        {"name": link.name, "rate": link.rate, "sent": moved[link.name][0], "received": moved[link.name][1]}
+        for link in it.network.links
+    ]
+    shape = {"topology": spec.topology, "ranks_per_host": spec.ranks_per_host}
+    return {"exit_code": exit_code, "wall_seconds": wall, **shape, "hosts": hosts, "links": links}
+
+
+def _print(result: dict[str, Any]) -> None:
+    """The tables. A link's `sent` is what its first end sent, `received` what came to it."""
+    rows = [["host", "cores", "memory", "exit code", "CPU s", "sent MB", "received MB", ""]]
+    for host in result["hosts"]:
+        codes = ",".join(map(str, host["exit_codes"]))
+        note = "its memory limit ended a process" if host["memory_kills"] else ""
+        cores = "all" if host["cpus"] is None else f"{host['cpus']:g}"
+        memory = "all" if host["memory"] is None else show_memory(host["memory"])
+        figures = [f"{host['cpu_seconds']:.2f}", _megabytes(host["sent"]), _megabytes(host["received"])]
+        rows.append([host["name"], cores, memory, codes, *figures, note])
+    print()
+    print_table(rows)
+    rows = [["link", "rate", "sent MB", "received MB"]]
+    for link in result["links"]:
+        rows.append([link["name"], show_rate(link["rate"]), _megabytes(link["sent"]), _megabytes(link["received"])])
+    if len(rows) > 1:
+        print()
+        print_table(rows)
+    print(f"\n{result['wall_seconds']:.2f} s, exit code {result['exit_code']}")
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.3f}"
+
+
+@contextlib.contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Lets the signals that would end this process at once raise, so that the lab is removed."""
+
+    def stop(number: int, frame: object) -> None:
+        raise _Stopped(number)
+
+    old = {number: signal.signal(number, stop) for number in ENDING_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
