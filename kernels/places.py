@@ -5,7 +5,7 @@ documents is a run a document; a rank's share of a sequence is a run a chunk; st
 Any order of tokens is allowed: the worst is a run a token.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -50,6 +50,32 @@ class Places:
             raise ValueError(f"places: positions count from 0, but one is {positions.min()}")
         tables = [_runs_of_row(row, positions[row], documents[row]) for row in range(batch if seq else 0)]
         return cls(batch, seq, np.concatenate(tables) if tables else np.zeros((0, 6), np.int64))
+
+    @classmethod
+    def joined(cls, parts: "Sequence[Places]") -> Self:
+        """The tokens of all parts, row by row one part after the other; documents keep their numbers.
+
+        Raises:
+            ValueError: if the parts differ in the number of rows.
+        """
+        if len({part.batch for part in parts}) != 1:
+            raise ValueError(f"places: parts of {[part.batch for part in parts]} rows cannot be joined row by row")
+        tables, start = [], 0
+        for part in parts:
+            tables.append(part.runs + np.array([0, start, 0, 0, 0, 0]))
+            start += part.seq
+        runs = np.concatenate(tables)
+        return cls(parts[0].batch, start, runs[np.lexsort((runs[:, START], runs[:, ROW]))])
+
+    def picked(self, tokens: np.ndarray) -> "Places":
+        """The places of some tokens of each row: `tokens` bool (seq,). Kept, so that all layers share one."""
+        if tokens.all():
+            return self
+
+        def make() -> Places:
+            return Places.of(self.positions()[:, tokens], self.documents()[:, tokens])
+
+        return self.derived(("picked", tokens.tobytes()), make)
 
     @property
     def key(self) -> tuple[int, int, bytes]:

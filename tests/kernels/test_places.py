@@ -115,6 +115,26 @@ def test_rows_that_are_alike(grid: Any, batch: int, moved: int) -> None:
     assert Places.of(positions, documents).rows_alike == (moved == 0 or batch == 1 or positions.size == 0)
 
 
+@settings(max_examples=100, deadline=None)
+@given(grids(), st.integers(0, 2**31))
+def test_picked_and_joined(grid: Any, seed: int) -> None:
+    places = Places.of(*grid)
+    chosen = np.random.default_rng(seed).random(places.seq) < 0.5
+    parts = [places.picked(chosen), places.picked(~chosen)]
+    order = np.concatenate([np.flatnonzero(chosen), np.flatnonzero(~chosen)])
+    joined = Places.joined(parts)
+    assert (joined.batch, joined.seq) == (places.batch, places.seq)
+    assert np.array_equal(joined.positions().numpy(), grid[0][:, order])
+    assert np.array_equal(joined.documents().numpy(), grid[1][:, order])
+    assert places.picked(chosen) is places.picked(chosen.copy())
+    assert places.picked(np.ones(places.seq, bool)) is places
+
+
+def test_parts_of_other_batches_are_not_joined() -> None:
+    with pytest.raises(ValueError, match=r"parts of \[1, 2\] rows"):
+        Places.joined([Places.in_order(1, 3), Places.in_order(2, 3)])
+
+
 def test_tensors_and_narrow_integers() -> None:
     positions = np.array([[0, 1, 2, 0, 1]])
     expected = Places.of(positions, [[0, 0, 0, 1, 1]]).key
