@@ -89,7 +89,7 @@ def test_every_collective_goes_through_the_ledger():
     moving = {"all_reduce", "all_gather_into_tensor", "all_to_all_single", "broadcast", "reduce_scatter_tensor"}
     moving |= {"all_gather", "all_to_all", "reduce", "gather", "scatter", "send", "recv", "isend", "irecv"}
     for path in FILES:
-        if path.name == "collectives.py":
+        if path.name in ("collectives.py", "exchange.py"):
             continue
         for node in ast.walk(parse(path)):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
