@@ -39,7 +39,7 @@ def _shares(lse_a: tl.tensor, lse_b: tl.tensor) -> tuple[tl.tensor, tl.tensor, t
     return first / total, second / total, lse
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_heads", "seq"])
 def _forward_kernel(
     out_a: tl.tensor,
     lse_a: tl.tensor,
@@ -89,7 +89,7 @@ def _forward_kernel(
     tl.store(lse + batch * lse_batch + head * lse_head + tokens * lse_seq, joint, mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_heads", "seq"])
 def _backward_kernel(
     d_out: tl.tensor,
     d_lse: tl.tensor,

@@ -16,7 +16,7 @@ BACKWARD_WIDTH = 8192
 """Longer rows are divided among programs in the backward pass: registers hold no more numbers and partial sums."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _forward_kernel(
     x: tl.tensor,
     residual: tl.tensor,
@@ -53,7 +53,7 @@ def _forward_kernel(
     tl.store(out + at, (normal * slope).to(dtype), mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _backward_kernel(
     x: tl.tensor,
     weight: tl.tensor,

@@ -195,7 +195,7 @@ def _decode(
     return low_sum, high_sum
 
 
-@triton.jit(do_not_specialize=["key", "stride", "offset"])
+@triton.jit(do_not_specialize=["num_blocks", "key", "stride", "offset"])
 def quantise_kernel(
     x: tl.tensor, codes: tl.tensor, scales: tl.tensor, num_elements: tl.tensor, num_blocks: tl.tensor, key: tl.tensor,
     stride: tl.tensor, offset: tl.tensor,
@@ -216,7 +216,7 @@ def quantise_kernel(
     _encode(low, high, first, num_blocks, codes, scales, key, stride, offset, ROWS, BLOCK, BITS, TOP, CAP, SEEDED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks", "num_payloads"])
 def accumulate_kernel(
     codes: tl.tensor, scales: tl.tensor, out: tl.tensor, num_elements: tl.tensor, num_blocks: tl.tensor,
     num_payloads: tl.tensor, codes_stride: tl.tensor, scales_stride: tl.tensor,
@@ -239,7 +239,7 @@ def accumulate_kernel(
         tl.store(out + places + HALF, high, mask=places + HALF < left)
 
 
-@triton.jit(do_not_specialize=["key", "stride", "offset"])
+@triton.jit(do_not_specialize=["num_blocks", "num_payloads", "key", "stride", "offset"])
 def requantise_kernel(
     codes: tl.tensor, scales: tl.tensor, codes_out: tl.tensor, scales_out: tl.tensor, num_blocks: tl.tensor,
     num_payloads: tl.tensor, codes_stride: tl.tensor, scales_stride: tl.tensor, key: tl.tensor, stride: tl.tensor,

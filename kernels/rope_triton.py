@@ -11,7 +11,7 @@ PAIRS = 2048
 """Pairs that a program turns, of as many heads as that takes."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "seq"])
 def _kernel(
     q: tl.tensor,
     k: tl.tensor,
