@@ -15,6 +15,7 @@ from torch import Tensor
 
 from armillary.kernels import attention as front
 from armillary.kernels.attention import Gradients, Partial, row_dots
+from armillary.kernels.attention_choice import choose
 from armillary.kernels.attention_reference import reference, seen
 from armillary.kernels.mask import Mask
 from armillary.kernels.places import Places
@@ -60,6 +61,8 @@ def jobs(setting: Setting) -> list[Job]:
     found = []
     for head_dim in HEAD_DIMS:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            if choose(torch.device("cuda"), dtype, head_dim).implementation != "triton":
+                continue
             sizes = Sizes(head_dim, dtype, 777)
             wide = dtype == torch.bfloat16 and head_dim in (64, 128)
             names = MASKS if wide else ["causal"] + ["strided"] * (head_dim in (64, 128, 192))
