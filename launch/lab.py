@@ -75,6 +75,8 @@ class Lab:
             "MASTER_PORT": str(PORT),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, int(cpus / each)))),
             "PYTHONUNBUFFERED": "1",
+            # The addresses of the hosts have no names, of which each rank would warn.
+            "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
         }
 
     def sent(self) -> dict[str, tuple[int, int]]:
@@ -131,7 +133,7 @@ def why_not(spec: LabSpec | None = None) -> str | None:
         return "a lab needs root, to make network namespaces and control groups: run it with sudo"
     missing = [name for name in ("ip", "tc") if shutil.which(name) is None]
     if missing:
-        return f"a lab needs the command {' and '.join(missing)}: install iproute2 (apt-get install iproute2)"
+        return f"a lab needs {' and '.join(missing)} from the package iproute2: apt-get install iproute2"
     return _no_groups(spec) or _no_network()
 
 
@@ -193,11 +195,11 @@ def _no_groups(spec: LabSpec | None) -> str | None:
         return "a lab needs control groups, and none are mounted: mount -t cgroup2 none /sys/fs/cgroup"
     wanted = {"cpu": spec is None or spec.cpus, "memory": spec is None or spec.memory}
     missing = [name for name, want in wanted.items() if want and name not in controllers.folders]
-    if missing and controllers.version == 2:
-        file = controllers.roots[0] / "cgroup.subtree_control"
-        return f"a lab needs control groups for {' and '.join(missing)}: echo +cpu +memory > {file}"
     if missing:
-        return f"a lab needs control groups for {' and '.join(missing)}: mount -t cgroup -o {missing[0]} ..."
+        remedy = f"mount -t cgroup -o {missing[0]} none /sys/fs/cgroup/{missing[0]}"
+        if controllers.version == 2:
+            remedy = f"echo +cpu +memory > {controllers.roots[0] / 'cgroup.subtree_control'}"
+        return f"a lab needs control groups for {' and '.join(missing)}: {remedy}"
     closed = [str(root) for root in controllers.roots if not os.access(root, os.W_OK)]
     if closed:
         return f"a lab needs to write to {closed[0]}; in a container, run it with --privileged"

@@ -33,7 +33,9 @@ class Machine:
 
     @property
     def distinct(self) -> list[Path]:
-        return list(dict.fromkeys(self.folders.values()))
+        """The folders, that of the freezer first: a process enters it first, and it is removed first, so that none is
+        on its way into a machine whose processes were ended."""
+        return list(dict.fromkeys([self.folders[ALWAYS[0]], *self.folders.values()]))
 
     def cpu_seconds(self) -> float:
         if self.version == 1:
@@ -48,9 +50,7 @@ class Machine:
         return _field(Path(self.folders["memory"], name), "oom_kill")
 
     def processes(self) -> list[int]:
-        with contextlib.suppress(OSError):
-            return [int(line) for line in Path(self.folders["freezer"], "cgroup.procs").read_text().split()]
-        return []
+        return [int(line) for line in _read(Path(self.folders["freezer"], "cgroup.procs")).split()]
 
 
 def find_controllers(mounts: str, own: str) -> Controllers | None:
@@ -137,10 +137,10 @@ def end(machine: Machine) -> None:
 
 def remove(machine: Machine) -> None:
     """Removes the groups of a machine, after the end of its processes."""
-    end(machine)
     deadline = time.monotonic() + SECONDS_TO_END
     for folder in machine.distinct:
         while folder.exists():
+            end(machine)
             try:
                 folder.rmdir()
             except FileNotFoundError:

@@ -21,7 +21,7 @@ from armillary.launch.lab_spec import LabSpec, show_memory, show_rate
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
-class _Stopped(Exception):
+class _Stopped(KeyboardInterrupt):
     """A signal asked the lab to end."""
 
 
@@ -55,8 +55,8 @@ def run_in_lab(spec: LabSpec, command: Sequence[str]) -> dict[str, Any]:
         try:
             ranks = [_start(it, host, local, command) for host in range(spec.num_hosts) for local in _locals(spec)]
             exit_code = _wait(ranks)
-        except (_Stopped, KeyboardInterrupt) as stop:
-            number = signal.SIGINT if isinstance(stop, KeyboardInterrupt) else stop.args[0]
+        except KeyboardInterrupt as stop:
+            number = stop.args[0] if isinstance(stop, _Stopped) else signal.SIGINT
             exit_code = 128 + number
             print(f"stopped by {signal.Signals(number).name}", file=sys.stderr)
         wall = time.monotonic() - began

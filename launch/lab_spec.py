@@ -92,7 +92,7 @@ def read_rate(option: str, text: str) -> int:
 def show_rate(rate: int) -> str:
     """The shortest way to write a rate: 200mbit."""
     unit = next(unit for unit in ("gbit", "mbit", "kbit") if rate >= RATE_UNITS[unit] or unit == "kbit")
-    return f"{rate / RATE_UNITS[unit]:.10g}{unit}"
+    return f"{rate / RATE_UNITS[unit]:.12g}{unit}"
 
 
 def show_memory(memory: int) -> str:
