@@ -156,14 +156,14 @@ def _frozen(machine: Machine) -> Iterator[None]:
     """Stops a machine, so that no process of it starts another while they are ended."""
     name, stop, go = ("freezer.state", "FROZEN", "THAWED") if machine.version == 1 else ("cgroup.freeze", "1", "0")
     file = machine.folders["freezer"] / name
-    if not file.exists():
-        yield
-        return
-    file.write_text(stop)
+    # Another lab may have removed it meanwhile, if its own is dead.
+    with contextlib.suppress(OSError):
+        file.write_text(stop)
     try:
         yield
     finally:
-        file.write_text(go)
+        with contextlib.suppress(OSError):
+            file.write_text(go)
 
 
 def _mount(folder: Path) -> Path:

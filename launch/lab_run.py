@@ -1,6 +1,7 @@
 """`armillary lab`: runs one command as the ranks of a lab's hosts, and tells what went over which link."""
 
 import contextlib
+import itertools
 import os
 import shlex
 import shutil
@@ -13,10 +14,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
-from armillary.launch.bench import commit, print_table
-from armillary.launch.lab import Lab, clean, lab, why_not
+from armillary.launch.bench import commit
+from armillary.launch.lab import Lab, lab
+from armillary.launch.lab_figures import figures, print_figures
+from armillary.launch.lab_leftovers import clean
 from armillary.launch.lab_machines import SECONDS_TO_END, end
-from armillary.launch.lab_spec import LabSpec, show_memory, show_rate
+from armillary.launch.lab_permission import why_not
+from armillary.launch.lab_spec import LabSpec
 
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
@@ -53,7 +57,8 @@ def run_in_lab(spec: LabSpec, command: Sequence[str]) -> dict[str, Any]:
         ranks: list[_Rank] = []
         before, began = it.sent(), time.monotonic()
         try:
-            ranks = [_start(it, host, local, command) for host in range(spec.num_hosts) for local in _locals(spec)]
+            for host, local in itertools.product(range(spec.num_hosts), range(spec.ranks_per_host)):
+                ranks.append(_start(it, host, local, command))
             exit_code = _wait(ranks)
         except KeyboardInterrupt as stop:
             number = stop.args[0] if isinstance(stop, _Stopped) else signal.SIGINT
@@ -61,8 +66,9 @@ def run_in_lab(spec: LabSpec, command: Sequence[str]) -> dict[str, Any]:
             print(f"stopped by {signal.Signals(number).name}", file=sys.stderr)
         wall = time.monotonic() - began
         _stop(it, ranks)
-        result = _figures(it, ranks, before, wall, exit_code)
-    _print(result)
+        codes = [[rank.exit_code for rank in ranks if rank.host == host] for host in range(spec.num_hosts)]
+        result = {"exit_code": exit_code, "wall_seconds": wall, **figures(it, before, codes)}
+    print_figures(result)
     return {"command": shlex.join(command), "commit": commit(), "measured": True, **result}
 
 
@@ -85,10 +91,6 @@ def _warn(spec: LabSpec) -> None:
             f"note: the hosts have {sum(spec.cpus):g} cores together, this machine {cores}: not all can have theirs",
             file=sys.stderr,
         )
-
-
-def _locals(spec: LabSpec) -> range:
-    return range(spec.ranks_per_host)
 
 
 def _start(it: Lab, host: int, local: int, command: Sequence[str]) -> _Rank:
@@ -148,64 +150,6 @@ def _stop(it: Lab, ranks: list[_Rank]) -> None:
         rank.exit_code = _as_a_shell(rank.process.wait())
         for reader in rank.readers:
             reader.join(SECONDS_TO_END)
-
-
-def _figures(
-    it: Lab, ranks: list[_Rank], before: dict[str, tuple[int, int]], wall: float, exit_code: int
-) -> dict[str, Any]:
-    moved = {name: (sent[0] - before[name][0], sent[1] - before[name][1]) for name, sent in it.sent().items()}
-    spec = it.spec
-    hosts: list[dict[str, Any]] = []
-    for number, host in enumerate(it.hosts):
-        own = [
-            moved[link.name][:: 1 if link.hosts[0] == number else -1]
-            for link in it.network.links
-            if number in link.hosts
-        ]
-        hosts.append(
-            {
-                "name": host.name,
-                "address": host.address,
-                "cpus": spec.cpus[number] if spec.cpus else None,
-                "memory": spec.memory[number] if spec.memory else None,
-                "exit_codes": [rank.exit_code for rank in ranks if rank.host == number],
-                "cpu_seconds": host.machine.cpu_seconds(),
-                "memory_kills": host.machine.memory_kills(),
-                "sent": sum(pair[0] for pair in own),
-                "received": sum(pair[1] for pair in own),
-            }
-        )
-    links = [
-        {"name": link.name, "rate": link.rate, "sent": moved[link.name][0], "received": moved[link.name][1]}
-        for link in it.network.links
-    ]
-    shape = {"topology": spec.topology, "ranks_per_host": spec.ranks_per_host}
-    return {"exit_code": exit_code, "wall_seconds": wall, **shape, "hosts": hosts, "links": links}
-
-
-def _print(result: dict[str, Any]) -> None:
-    """The tables. A link's `sent` is what its first end sent, `received` what came to it."""
-    rows = [["host", "cores", "memory", "exit code", "CPU s", "sent MB", "received MB", ""]]
-    for host in result["hosts"]:
-        codes = ",".join(map(str, host["exit_codes"]))
-        note = "its memory limit ended a process" if host["memory_kills"] else ""
-        cores = "all" if host["cpus"] is None else f"{host['cpus']:g}"
-        memory = "all" if host["memory"] is None else show_memory(host["memory"])
-        figures = [f"{host['cpu_seconds']:.2f}", _megabytes(host["sent"]), _megabytes(host["received"])]
-        rows.append([host["name"], cores, memory, codes, *figures, note])
-    print()
-    print_table(rows)
-    rows = [["link", "rate", "sent MB", "received MB"]]
-    for link in result["links"]:
-        rows.append([link["name"], show_rate(link["rate"]), _megabytes(link["sent"]), _megabytes(link["received"])])
-    if len(rows) > 1:
-        print()
-        print_table(rows)
-    print(f"\n{result['wall_seconds']:.2f} s, exit code {result['exit_code']}")
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:.3f}"
 
 
 @contextlib.contextmanager

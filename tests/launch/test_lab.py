@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from armillary.launch import cli
-from armillary.launch import lab as labs
+from armillary.launch import cli, lab_leftovers, lab_permission
 from armillary.launch.lab_machines import Controllers, find_controllers, limits
 from armillary.launch.lab_network import Network, address, next_hop, plan_network
 from armillary.launch.lab_spec import LabSpec, Level, read_rate, read_spec, show_memory, show_rate
@@ -105,14 +104,14 @@ def test_where_it_is_not_permitted_it_says_why(monkeypatch, capsys, tmp_path):
         patch.setattr(os, "geteuid", lambda: 0)
         assert run(patch, "--", "true") == 2
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    monkeypatch.setattr(labs.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(lab_permission.shutil, "which", lambda name: f"/bin/{name}")
     for version, root in ((1, "/groups/cpuacct"), (2, "/groups")):
         found = Controllers(version, {"freezer": Path(root), "cpuacct": Path(root)}, (Path(root),))
         with monkeypatch.context() as patch:
-            patch.setattr(labs, "_controllers", lambda found=found: found)
+            patch.setattr(lab_permission, "controllers_here", lambda found=found: found)
             assert run(patch, "--cpus", "0.5", "--memory", "1g", "--", "true") == 2
             assert run(patch, "--", "true") == 2
-    monkeypatch.setattr(labs, "_controllers", lambda: None)
+    monkeypatch.setattr(lab_permission, "controllers_here", lambda: None)
     assert run(monkeypatch, "--", "true") == 2
     root = "error: a lab needs root, to make network namespaces and control groups: run it with sudo"
     assert capsys.readouterr().err.splitlines() == [
@@ -237,11 +236,11 @@ def test_limits_as_files():
 
 
 def test_only_dead_labs_are_dead():
-    birth = labs._birth(os.getpid())
+    birth = lab_leftovers.birth(os.getpid())
     assert birth is not None
-    mine = f"{labs.PREFIX}{os.getpid()}-{birth}-0"
-    assert labs._dead_lab(f"{mine}-host0") is None
+    mine = f"{lab_leftovers.PREFIX}{os.getpid()}-{birth}-0"
+    assert lab_leftovers.dead_lab(f"{mine}-host0") is None
     # The id is of a living process, but that began at another time.
-    other = f"{labs.PREFIX}{os.getpid()}-{birth + 1}-0"
-    assert labs._dead_lab(f"{other}-host12") == other
-    assert labs._dead_lab(f"{labs.PREFIX}someone-elses") is None
+    other = f"{lab_leftovers.PREFIX}{os.getpid()}-{birth + 1}-0"
+    assert lab_leftovers.dead_lab(f"{other}-host12") == other
+    assert lab_leftovers.dead_lab(f"{lab_leftovers.PREFIX}someone-elses") is None

@@ -17,13 +17,13 @@ from typing import Any
 
 import pytest
 
-from armillary.launch import lab as labs
-from armillary.launch import lab_machines
-from armillary.launch.lab import Lab, lab
+from armillary.launch import lab_leftovers, lab_machines
+from armillary.launch.lab import Host, Lab, lab
 from armillary.launch.lab_network import address, host_name
+from armillary.launch.lab_permission import why_not
 from armillary.launch.lab_spec import read_spec
 
-REASON = labs.why_not()
+REASON = why_not()
 pytestmark = [pytest.mark.lab, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 
 # Rates are taken where bytes arrive: a sender is done as soon as buffers have taken all.
@@ -85,7 +85,7 @@ def send(it: Lab, pairs: list[tuple[int, int]], num_bytes: int = 3_000_000) -> t
 
 
 def leftovers() -> list[str]:
-    return [name for name in labs._names() if name.startswith(f"{labs.PREFIX}{os.getpid()}-")]
+    return [name for name in lab_leftovers.names() if name.startswith(f"{lab_leftovers.PREFIX}{os.getpid()}-")]
 
 
 def within(part: float, wanted: float) -> Any:
@@ -189,7 +189,7 @@ def test_the_first_failure_is_the_labs_and_ends_the_others(tmp_path):
 
 
 def of_process(process: int) -> list[str]:
-    return [name for name in labs._names() if name.startswith(f"{labs.PREFIX}{process}-")]
+    return [name for name in lab_leftovers.names() if name.startswith(f"{lab_leftovers.PREFIX}{process}-")]
 
 
 def wait_until(met: Callable[[], bool]) -> None:
@@ -219,17 +219,17 @@ def test_a_killed_lab_leaves_nothing():
     running.kill()
     running.wait()
     wait_until(lambda: of_process(running.pid) == [])
-    assert not any(labs._birth(rank) for rank in ranks)
+    assert not any(lab_leftovers.birth(rank) for rank in ranks)
 
 
 def test_what_a_dead_lab_left_is_removed_by_the_next():
     gone = subprocess.Popen(["true"])
     gone.wait()
-    name = f"{labs.PREFIX}{gone.pid}-1-0-host0"
+    name = f"{lab_leftovers.PREFIX}{gone.pid}-1-0-host0"
     subprocess.run(["ip", "netns", "add", name], check=True)
-    controllers = labs._controllers()
+    controllers = lab_leftovers.controllers_here()
     machine = lab_machines.make(controllers, name, 0.5, 64 << 20)
-    sleeper = labs.Host(host_name(0), address(0), name, machine).popen(["sleep", "1000"])
+    sleeper = Host(host_name(0), address(0), name, machine).popen(["sleep", "1000"])
     wait_until(lambda: sleeper.pid in machine.processes())
     living = of_process(os.getpid())
     with lab(read_spec(1, "1gbit")):
@@ -244,7 +244,7 @@ def test_version_2_of_control_groups_ends_processes_too():
     if not mounts:
         pytest.skip("no tree of version 2 is mounted")
     controllers = lab_machines.find_controllers(mounts[0], "0::/\n")
-    machine = lab_machines.make(controllers, f"{labs.PREFIX}{os.getpid()}-0-0-host0", None, None)
+    machine = lab_machines.make(controllers, f"{lab_leftovers.PREFIX}{os.getpid()}-0-0-host0", None, None)
     with contextlib.ExitStack() as stack:
         stack.callback(lab_machines.remove, machine)
         words = ["sh", "-c", f"echo $$ > {machine.folders['freezer']}/cgroup.procs; sleep 1000 & exec sleep 1000"]
