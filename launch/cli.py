@@ -117,6 +117,7 @@ def lab(
     cpus: Annotated[str, typer.Option(help="cores of each host; one, or one a host: 0.5,0.5,0.25")] = "",
     memory: Annotated[str, typer.Option(help="limit of each host; one, or one a host: 2g")] = "",
     ranks_per_host: Annotated[int, typer.Option(help="times that COMMAND runs on each host")] = 1,
+    delay: Annotated[str, typer.Option(help="of each link, one way: 5ms; a star has two links between hosts")] = "",
     clean: Annotated[bool, typer.Option("--clean", help="only remove what killed labs have left behind")] = False,
     output: Json = None,
     debug: Debug = False,
@@ -128,7 +129,7 @@ def lab(
     if clean:
         remove_leftovers()
         return
-    spec = read_spec(hosts, rate, topology, levels, slow_rate, cpus, memory, ranks_per_host)
+    spec = read_spec(hosts, rate, topology, levels, slow_rate, cpus, memory, ranks_per_host, delay)
     result = run_in_lab(spec, command)
     _write(output, result)
     raise typer.Exit(result["exit_code"])

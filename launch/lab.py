@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from armillary.launch import lab_leftovers, lab_machines
+from armillary.launch import lab_delay, lab_leftovers, lab_machines
 from armillary.launch.lab_leftovers import clean, controllers_here, fails, new_prefix, remove
 from armillary.launch.lab_machines import Machine
-from armillary.launch.lab_network import INTERFACE, Network, address, host_name, plan_network
+from armillary.launch.lab_network import INTERFACE, Command, Network, address, host_name, plan_network
 from armillary.launch.lab_permission import why_not
 from armillary.launch.lab_spec import LabSpec
 
@@ -99,25 +99,56 @@ def lab(spec: LabSpec) -> Iterator[Lab]:
     assert controllers is not None
     prefix = new_prefix()
     network = plan_network(spec, prefix)
-    guard = subprocess.Popen(
-        [sys.executable, "-m", lab_leftovers.__name__], stdin=subprocess.PIPE, start_new_session=True
-    )
-    try:
+    guard = _helper(lab_leftovers.__name__)
+    with contextlib.ExitStack() as stack:
+        stack.callback(_end_helper, guard)
+        stack.callback(remove, controllers, prefix)
         hosts = []
         for number, namespace in enumerate(network.hosts):
             cpus = spec.cpus[number] if spec.cpus else None
             memory = spec.memory[number] if spec.memory else None
             machine = lab_machines.make(controllers, namespace, cpus, memory)
             hosts.append(Host(host_name(number), address(number), namespace, machine))
-        for command in network.commands:
-            if (told := fails(command)) is not None:
-                raise ValueError(f"the lab could not be set up: {' '.join(command)}: {told}")
+        _run(network.setup)
+        if spec.delay:
+            stack.callback(_end_helper, _carrier(network, spec.delay))
+        else:
+            _run(network.cables)
+        _run(network.commands)
         yield Lab(spec, network, tuple(hosts))
-    finally:
-        remove(controllers, prefix)
-        assert guard.stdin is not None
-        guard.stdin.close()
-        guard.wait()
+
+
+def _run(commands: Sequence[Command]) -> None:
+    for command in commands:
+        if (told := fails(command)) is not None:
+            raise ValueError(f"the lab could not be set up: {' '.join(command)}: {told}")
+
+
+def _carrier(network: Network, delay: float) -> "subprocess.Popen[bytes]":
+    """Starts the process that makes and joins the links of a network with a delay."""
+    process = _helper(lab_delay.__name__)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(lab_delay.order(network.links, delay))
+    process.stdin.flush()
+    if process.stdout.readline() != b"ready\n":
+        _end_helper(process)
+        raise ValueError(f"the lab's delay could not be set up with {lab_delay.DEVICE}; its reason is above")
+    return process
+
+
+def _helper(module: str) -> "subprocess.Popen[bytes]":
+    """Starts a process that ends when this one does, for its input ends then."""
+    words = [sys.executable, "-m", module]
+    return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+
+
+def _end_helper(process: "subprocess.Popen[bytes]") -> None:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.close()
+    process.stdout.close()
+    process.wait()
 
 
 def _ip(*arguments: str) -> str:

@@ -35,7 +35,7 @@ def figures(it: Lab, before: dict[str, tuple[int, int]], exit_codes: list[list[i
         {"name": link.name, "rate": link.rate, "sent": moved[link.name][0], "received": moved[link.name][1]}
         for link in it.network.links
     ]
-    shape = {"topology": spec.topology, "ranks_per_host": spec.ranks_per_host}
+    shape = {"topology": spec.topology, "ranks_per_host": spec.ranks_per_host, "delay": spec.delay}
     return {**shape, "hosts": hosts, "links": links}
 
 

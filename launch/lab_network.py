@@ -33,7 +33,7 @@ class End:
 
 @dataclass(frozen=True)
 class Link:
-    """A veth pair, limited to `rate` bit/s each way. `hosts`: the one or two hosts at its ends, in their order."""
+    """A pair of interfaces, limited to `rate` bit/s each way. `hosts`: those at its ends, in their order."""
 
     name: str
     ends: tuple[End, End]
@@ -43,11 +43,14 @@ class Link:
 
 @dataclass(frozen=True)
 class Network:
-    """All that has to be made; `hosts` are the namespaces of the hosts, `namespaces` these and the switch's."""
+    """All that has to be made. `hosts` are the namespaces of the hosts, `namespaces` these and the switch's; `cables`
+    are the commands that make both ends of all links, unless links have a delay: see lab_delay.py."""
 
     namespaces: tuple[str, ...]
     hosts: tuple[str, ...]
     links: tuple[Link, ...]
+    setup: tuple[Command, ...]
+    cables: tuple[Command, ...]
     commands: tuple[Command, ...]
 
 
@@ -68,7 +71,8 @@ def plan_network(spec: LabSpec, prefix: str) -> Network:
     else:
         namespaces, links, commands = hosts, *_pairs(spec, hosts)
     setup = [command for namespace in namespaces for command in _namespace(namespace)]
-    return Network(namespaces, hosts, tuple(links), (*setup, *commands))
+    cables = [_veth(link) for link in links]
+    return Network(namespaces, hosts, tuple(links), tuple(setup), tuple(cables), tuple(commands))
 
 
 def _namespace(name: str) -> list[Command]:
@@ -80,11 +84,15 @@ def _namespace(name: str) -> list[Command]:
     ]
 
 
-def _make(link: Link) -> list[Command]:
-    """Both ends of a link, up, and each limited in what it sends, so that the link is limited both ways."""
+def _veth(link: Link) -> Command:
     one, other = link.ends
     pair = ("ip", "link", "add", "name", one.interface, "netns", one.namespace, "type", "veth")
-    commands: list[Command] = [(*pair, "peer", "name", other.interface, "netns", other.namespace)]
+    return (*pair, "peer", "name", other.interface, "netns", other.namespace)
+
+
+def _limit(link: Link) -> list[Command]:
+    """Both ends of a link up, and each limited in what it sends, so that the link is limited both ways."""
+    commands: list[Command] = []
     for end in link.ends:
         commands.append(("ip", "-n", end.namespace, "link", "set", "dev", end.interface, "up"))
         commands.append(limit(end, link.rate))
@@ -107,7 +115,7 @@ def _star(spec: LabSpec, hosts: tuple[str, ...], switch: str) -> tuple[list[Link
         ends = (End(namespace, INTERFACE), End(switch, f"p-{host_name(host)}"))
         links.append(Link(f"{host_name(host)}-switch", ends, spec.rates[host], (host,)))
         above = f"b-{spec.levels[0].name}{host // sizes[0]}" if sizes else "b-root"
-        commands += _make(links[-1])
+        commands += _limit(links[-1])
         commands.append(("ip", "-n", namespace, "address", "add", f"{address(host)}/24", "dev", INTERFACE))
         commands.append(("ip", "-n", switch, "link", "set", "dev", f"p-{host_name(host)}", "master", above))
     for depth, level in enumerate(spec.levels):
@@ -117,7 +125,7 @@ def _star(spec: LabSpec, hosts: tuple[str, ...], switch: str) -> tuple[list[Link
             links.append(Link(f"{name}-switch", (End(switch, f"u-{name}"), End(switch, f"d-{name}")), level.rate, ()))
             outer = spec.levels[depth + 1] if depth + 1 < len(spec.levels) else None
             above = f"b-{outer.name}{group * level.size // outer.size}" if outer else "b-root"
-            commands += _make(links[-1])
+            commands += _limit(links[-1])
             commands.append(("ip", "-n", switch, "link", "set", "dev", f"u-{name}", "master", f"b-{name}"))
             commands.append(("ip", "-n", switch, "link", "set", "dev", f"d-{name}", "master", above))
     made = [command for bridge in bridges for command in _bridge(switch, bridge)]
@@ -160,7 +168,7 @@ def _pairs(spec: LabSpec, hosts: tuple[str, ...]) -> tuple[list[Link], list[Comm
             ends = (End(hosts[one], f"to-{host_name(other)}"), End(hosts[other], f"to-{host_name(one)}"))
             name = f"{host_name(one)}-{host_name(other)}"
             links.append(Link(name, ends, spec.rate_between(one, other), (one, other)))
-            commands += _make(links[-1])
+            commands += _limit(links[-1])
     for host, namespace in enumerate(hosts):
         for target in range(num):
             if target != host:

@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 
+from armillary.launch.lab_delay import DEVICE
 from armillary.launch.lab_leftovers import controllers_here, fails, new_prefix
 from armillary.launch.lab_network import End, limit
 from armillary.launch.lab_spec import LabSpec
@@ -18,6 +19,8 @@ def why_not(spec: LabSpec | None = None) -> str | None:
     missing = [name for name in ("ip", "tc") if shutil.which(name) is None]
     if missing:
         return f"a lab needs {' and '.join(missing)} from the package iproute2: apt-get install iproute2"
+    if spec and spec.delay and not os.access(DEVICE, os.R_OK | os.W_OK):
+        return f"a lab with a delay needs {DEVICE}: modprobe tun; in a container, run it with --device {DEVICE}"
     return _no_groups(spec) or _no_network()
 
 

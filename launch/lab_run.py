@@ -41,24 +41,21 @@ class _Rank:
 
 
 def run_in_lab(spec: LabSpec, command: Sequence[str]) -> dict[str, Any]:
-    """Runs a command on every host, prints its output and a table, and returns the figures with `exit_code`.
+    """Runs a command on every host, once for each of its ranks, prints its output and a table, and returns the figures.
 
     The exit code is that of the first rank that failed; then the others are stopped.
 
     Raises:
         ValueError: if there is no such command, or a lab is not permitted here.
     """
-    if not command:
-        raise ValueError("say what to run on each host, after --, for example: armillary lab --hosts 2 -- hostname")
-    if shutil.which(command[0]) is None:
-        raise ValueError(f"{command[0]}: there is no such command to run on the hosts")
+    words = as_program(command)
     _warn(spec)
     with _signals_raise(), lab(spec) as it:
         ranks: list[_Rank] = []
         before, began = it.sent(), time.monotonic()
         try:
             for host, local in itertools.product(range(spec.num_hosts), range(spec.ranks_per_host)):
-                ranks.append(_start(it, host, local, command))
+                ranks.append(_start(it, host, local, words))
             exit_code = _wait(ranks)
         except KeyboardInterrupt as stop:
             number = stop.args[0] if isinstance(stop, _Stopped) else signal.SIGINT
@@ -70,6 +67,26 @@ def run_in_lab(spec: LabSpec, command: Sequence[str]) -> dict[str, Any]:
         result = {"exit_code": exit_code, "wall_seconds": wall, **figures(it, before, codes)}
     print_figures(result)
     return {"command": shlex.join(command), "commit": commit(), "measured": True, **result}
+
+
+def as_program(command: Sequence[str]) -> list[str]:
+    """What is started for a command: as with torchrun, a script or `-m module` is run by this Python.
+
+    Raises:
+        ValueError: if there is no such command, or it is one that does not join the ranks of a lab.
+    """
+    if not command:
+        raise ValueError("say what to run on each host, after --, for example: armillary lab --hosts 2 -- hostname")
+    if command[0] == "-m" or command[0].endswith(".py"):
+        return [sys.executable, *command]
+    if os.path.basename(command[0]) == "armillary" and command[1:2] in (["train"], ["parity"]):
+        raise ValueError(
+            f"armillary {command[1]} starts all of its ranks itself, and would on each host; give what a rank runs: "
+            "-- -m armillary.train CONFIG"
+        )
+    if shutil.which(command[0]) is None:
+        raise ValueError(f"{command[0]}: there is no such command to run on the hosts")
+    return list(command)
 
 
 def remove_leftovers() -> None:

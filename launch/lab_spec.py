@@ -10,6 +10,8 @@ LEAST_CPUS = 0.05
 LEAST_RATE, MOST_RATE = 10_000, 100_000_000_000
 LEAST_MEMORY = 16 << 20
 RATE_UNITS = {"kbit": 10**3, "mbit": 10**6, "gbit": 10**9}
+DELAY_UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+LEAST_DELAY, MOST_DELAY = 1e-4, 1.0
 MEMORY_UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 
@@ -24,7 +26,7 @@ class Level:
 
 @dataclass(frozen=True)
 class LabSpec:
-    """A lab. Tuples have one entry a host; levels go from the innermost out; bit/s, cores and bytes."""
+    """A lab. Tuples have one entry a host; levels go from the innermost out; bit/s, cores, bytes and seconds."""
 
     rates: tuple[int, ...]
     topology: str = "star"
@@ -32,6 +34,7 @@ class LabSpec:
     cpus: tuple[float, ...] | None = None
     memory: tuple[int, ...] | None = None
     ranks_per_host: int = 1
+    delay: float = 0.0
 
     @property
     def num_hosts(self) -> int:
@@ -55,6 +58,7 @@ def read_spec(
     cpus: str = "",
     memory: str = "",
     ranks_per_host: int = 1,
+    delay: str = "",
 ) -> LabSpec:
     """A spec from the texts of the command line: lists have one entry for all hosts, or one a host.
 
@@ -75,6 +79,7 @@ def read_spec(
         cpus=tuple(_read_cpus(part) for part in _per_host("--cpus", cpus, hosts)) if cpus else None,
         memory=tuple(_read_memory(part) for part in _per_host("--memory", memory, hosts)) if memory else None,
         ranks_per_host=ranks_per_host,
+        delay=_read_delay(delay) if delay else 0.0,
     )
 
 
@@ -117,6 +122,16 @@ def _read_cpus(text: str) -> float:
             f"--cpus {text}: a host may have {LEAST_CPUS} to {most} cores of this machine, for example 0.5"
         )
     return float(text)
+
+
+def _read_delay(text: str) -> float:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(us|ms|s)", text)
+    if not found:
+        raise ValueError(f"--delay {text}: write a number and us, ms or s, for example 5ms")
+    delay = float(found[1]) * DELAY_UNITS[found[2]]
+    if not LEAST_DELAY <= delay <= MOST_DELAY:
+        raise ValueError(f"--delay {text}: allowed are {LEAST_DELAY * 1e6:g}us to {MOST_DELAY:g}s")
+    return delay
 
 
 def _read_memory(text: str) -> int:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from armillary.launch import cli, lab_leftovers, lab_permission
 from armillary.launch.lab_machines import Controllers, find_controllers, limits
 from armillary.launch.lab_network import Network, address, next_hop, plan_network
+from armillary.launch.lab_run import as_program
 from armillary.launch.lab_spec import LabSpec, Level, read_rate, read_spec, show_memory, show_rate
 
 
@@ -49,6 +50,8 @@ REFUSED = {
     "--cpus 0.001": "--cpus 0.001: a host may have 0.05 to 2 cores of this machine, for example 0.5",
     "--cpus 0.5,3": "--cpus 3: a host may have 0.05 to 2 cores of this machine, for example 0.5",
     "--cpus nan": "--cpus nan: a host may have 0.05 to 2 cores of this machine, for example 0.5",
+    "--delay 5": "--delay 5: write a number and us, ms or s, for example 5ms",
+    "--delay 1us": "--delay 1us: allowed are 100us to 1s",
     "--memory 2": "--memory 2: write a number and k, m or g, for example 2g",
     "--memory 1m": "--memory 1m: a host needs 16m or more to start a process",
     "--slow-rate 1mbit": "--slow-rate 1mbit: is the rate between groups; say which with --levels node:2",
@@ -84,11 +87,20 @@ def test_bad_options_are_told(options, monkeypatch, capsys):
     assert capsys.readouterr().err == f"error: {REFUSED[options]}\n"
 
 
-def test_a_command_that_is_missing_is_told(monkeypatch, capsys):
+def test_a_script_or_module_is_run_by_this_python_as_with_torchrun():
+    assert as_program(["-m", "a.module", "x"]) == [sys.executable, "-m", "a.module", "x"]
+    assert as_program(["script.py", "-m"]) == [sys.executable, "script.py", "-m"]
+    assert as_program(["sh", "script.py"]) == ["sh", "script.py"]
+
+
+def test_a_command_that_cannot_run_is_told(monkeypatch, capsys):
     assert run(monkeypatch, "--", "no-such-command") == 2
+    assert run(monkeypatch, "--", ".venv/bin/armillary", "train", "configs/tiny.toml") == 2
     assert run(monkeypatch) == 2
     assert capsys.readouterr().err == (
         "error: no-such-command: there is no such command to run on the hosts\n"
+        "error: armillary train starts all of its ranks itself, and would on each host; give what a rank runs: "
+        "-- -m armillary.train CONFIG\n"
         "error: say what to run on each host, after --, for example: armillary lab --hosts 2 -- hostname\n"
     )
 
@@ -111,6 +123,9 @@ def test_where_it_is_not_permitted_it_says_why(monkeypatch, capsys, tmp_path):
             patch.setattr(lab_permission, "controllers_here", lambda found=found: found)
             assert run(patch, "--cpus", "0.5", "--memory", "1g", "--", "true") == 2
             assert run(patch, "--", "true") == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(lab_permission, "DEVICE", "/dev/none")
+        assert run(patch, "--delay", "5ms", "--", "true") == 2
     monkeypatch.setattr(lab_permission, "controllers_here", lambda: None)
     assert run(monkeypatch, "--", "true") == 2
     root = "error: a lab needs root, to make network namespaces and control groups: run it with sudo"
@@ -122,6 +137,7 @@ def test_where_it_is_not_permitted_it_says_why(monkeypatch, capsys, tmp_path):
         "error: a lab needs to write to /groups/cpuacct; in a container, run it with --privileged",
         "error: a lab needs control groups for cpu and memory: echo +cpu +memory > /groups/cgroup.subtree_control",
         "error: a lab needs to write to /groups; in a container, run it with --privileged",
+        "error: a lab with a delay needs /dev/none: modprobe tun; in a container, run it with --device /dev/none",
         "error: a lab needs control groups, and none are mounted: mount -t cgroup2 none /sys/fs/cgroup",
     ]
 
@@ -149,17 +165,18 @@ def test_every_link_is_limited_at_both_ends_and_made_once(spec):
     assert limited(network) == {
         (end.namespace, end.interface): link.rate for link in network.links for end in link.ends
     }
+    assert len(network.cables) == len(network.links)
     assert all(len(interface) <= 15 for _, interface in ends)
     assert len({link.name for link in network.links}) == len(network.links)
     assert all(name.startswith("armillary-lab-1-2-3-") for name in network.namespaces)
-    made = [command[3] for command in network.commands if command[:3] == ("ip", "netns", "add")]
+    made = [command[3] for command in network.setup if command[:3] == ("ip", "netns", "add")]
     assert tuple(made) == network.namespaces
 
 
 @given(specs())
 def test_nothing_is_made_outside_of_the_namespaces(spec):
     network = plan_network(spec, "p")
-    for command in network.commands:
+    for command in (*network.setup, *network.cables, *network.commands):
         if command[:3] == ("ip", "link", "add"):
             named = [after for word, after in itertools.pairwise(command) if word == "netns"]
             assert len(named) == 2

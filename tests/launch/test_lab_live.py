@@ -40,6 +40,24 @@ SEND = """
 import socket, sys
 socket.create_connection((sys.argv[1], int(sys.argv[2]))).sendall(bytes(int(sys.argv[3])))
 """
+ECHO = """
+import socket
+server = socket.create_server(("0.0.0.0", 5000))
+print("ready", flush=True)
+peer = server.accept()[0]
+while piece := peer.recv(64):
+    peer.sendall(piece)
+"""
+PING = """
+import socket, sys, time
+peer = socket.create_connection((sys.argv[1], 5000))
+def turn():
+    began = time.perf_counter()
+    peer.sendall(b"?")
+    peer.recv(64)
+    return time.perf_counter() - began
+print(sorted(turn() for _ in range(9))[4])
+"""
 GLOO = """
 import time, torch, torch.distributed as dist
 dist.init_process_group("gloo")
@@ -141,6 +159,20 @@ def test_between_groups_the_slow_rate_holds_for_all_together():
         sent = {name: pair[0] for name, pair in it.sent().items()}
     assert across == within(0.1, 20)
     assert sent["node0-switch"] == within(0.04, 3_000_000)
+
+
+@pytest.mark.parametrize(("topology", "num_links"), [("star", 2), ("mesh", 1)])
+def test_each_link_delays_and_keeps_its_rate(topology, num_links):
+    with lab(read_spec(3, "40mbit", topology, delay="5ms")) as it:
+        echo = python(it, 1, ECHO)
+        assert echo.stdout.readline() == "ready\n"
+        there_and_back = float(python(it, 0, PING, address(1)).communicate(timeout=30)[0])
+        _, rate = send(it, [(0, 2)])
+        sent = sum(pair[0] for name, pair in it.sent().items() if "host0" in name)
+    assert 0.01 * num_links < there_and_back < 0.01 * num_links + 0.004
+    assert rate == within(0.15, 40)
+    assert sent == within(0.03, 3_000_000)
+    assert leftovers() == []
 
 
 def test_half_a_core_computes_twice_as_much_as_a_quarter():
