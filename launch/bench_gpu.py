@@ -8,26 +8,24 @@ import json
 import os
 import platform
 import re
-import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from armillary.launch.bench import Row, commit
+from armillary.launch.gpu_processes import Process, run_together
 from armillary.launch.gpu_report import NOTES, print_summary, write_aside
-from armillary.launch.gpu_sections import SECTIONS, Section, command, complete, environment
+from armillary.launch.gpu_sections import SECTIONS, Section
 
 SECONDS = 530.0
 """Of the whole command, most."""
-GRACE = 10.0
-"""Seconds after its time in which a section's process may finish its last job."""
+SIDE_BY_SIDE = 170.0
+"""Of the sections that are checked while others are compiled."""
 FOLDER = Path("docs/benchmarks")
 
 
@@ -39,6 +37,7 @@ class Run:
     repetitions: int
     save: Callable[["Run"], None]
     folder: Path
+    compiled: bool = False
     rows: list[Row] = field(default_factory=list)
     sections: list[dict[str, Any]] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
@@ -81,11 +80,15 @@ def measure(repetitions: int, file: Path | None, dry: bool = False, only: Sequen
         run = Run(dry, repetitions, save, Path(folder))
         chosen = [section for section in SECTIONS if not only or section.name in only]
         if dry:
-            _run_section(run, chosen, 600.0)
-        else:
-            _prepare(run, [section for section in chosen if section.prepared])
-            for section in chosen:
-                _run_section(run, [section], min(section.seconds, run.left))
+            _run(run, chosen, together=True, seconds=600.0)
+        for section in () if dry else chosen:
+            if section.parts == 1:
+                if section.prepared:
+                    # Once for all: what is checked and what is to be timed are compiled side by side.
+                    _run_side_by_side(run, chosen)
+                _run(run, [section], seconds=min(section.seconds, run.left))
+        if not dry:
+            _run_side_by_side(run, chosen)
     print_summary(run.rows, run.sections)
     if file is not None:
         print(f"written to {file}")
@@ -110,77 +113,47 @@ def refuse_what_cannot_run(dry: bool, only: Sequence[str]) -> str:
     return torch.cuda.get_device_name()
 
 
-def _prepare(run: Run, sections: Sequence[Section]) -> None:
-    """Compiles what will be timed, in many processes; how that goes is seen when it is timed."""
-    if not sections:
+def _run_side_by_side(run: Run, chosen: Sequence[Section]) -> None:
+    """Checks what is not timed, in many processes, while others compile what will be; does so once."""
+    if run.compiled:
         return
-    print("compiling what will be timed ...", flush=True)
-    began, parts = time.monotonic(), _processes()
-    seconds = min(140.0, run.left)
-    jobs = []
-    for part in range(parts):
-        out = run.folder / f"prepare-{part}"
-        jobs.append(command(sections, out, f"{part}/{parts}", seconds, run.repetitions, run.dry, True))
-    codes = _together(jobs, seconds, run.dry)
-    taken = round(time.monotonic() - began, 1)
-    run.sections.append({"name": "compilation", "seconds": taken, "processes": parts, "exit_codes": codes, "ok": True})
-
-
-def _run_section(run: Run, sections: Sequence[Section], seconds: float) -> None:
-    """Runs them in as many processes as they have parts, and adds their rows; what went wrong is a row too."""
-    began = time.monotonic()
-    name = ", ".join(section.name for section in sections)
-    parts = 1 if run.dry else min(max(section.parts for section in sections), _processes())
-    outs = [run.folder / f"{sections[0].module}-{part}" for part in range(parts)]
-    jobs = [
-        command(sections, out, f"{part}/{parts}", seconds, run.repetitions, run.dry, False)
-        for part, out in enumerate(outs)
+    run.compiled = True
+    prepared = [section for section in chosen if section.prepared]
+    checked = [section for section in chosen if section.parts > 1]
+    parts = _processes()
+    compiling = [
+        Process(prepared, run.folder / f"prepare-{part}", f"{part}/{parts}", run.repetitions, run.dry, prepare=True)
+        for part in range(parts if prepared else 0)
     ]
-    codes = _together(jobs, seconds, run.dry) if seconds > 1 else ["there was no time left"] * parts
-    found = [row for out in outs for row in _read(out)]
-    for part, code in enumerate(codes):
-        if code != 0:
-            told = f"the process of part {part + 1} of {parts} ended early: {code}; what it had not yet done is missing"
-            found.append(complete({"name": name, "ok": False, "error": told}, name, run.dry))
+    if prepared:
+        print("compiling what will be timed ...", flush=True)
+    _run(run, checked, seconds=min(SIDE_BY_SIDE, run.left), beside=compiling)
+
+
+def _run(
+    run: Run, sections: Sequence[Section], *, seconds: float, together: bool = False, beside: Sequence[Process] = ()
+) -> None:
+    """Runs sections at once, each in as many processes as it has parts or all in one, and adds their rows.
+
+    What went wrong is a row too. Of the processes `beside` them nobody reads the rows.
+    """
+    began, groups = time.monotonic(), [sections] if together else [[section] for section in sections]
+    processes = []
+    for group in groups:
+        parts = min(max(section.parts for section in group), _processes()) if not together else 1
+        outs = [run.folder / f"{group[0].module}-{part}" for part in range(parts)]
+        processes += [Process(group, out, f"{p}/{parts}", run.repetitions, run.dry) for p, out in enumerate(outs)]
+    run_together([*processes, *beside], seconds)
+    found = [row for process in processes for row in process.rows()]
     run.rows += found
+    taken = round(time.monotonic() - began, 1)
     for section in sections:
-        own = [row for row in found if row["section"] in (section.name, name)]
-        taken = round(time.monotonic() - began, 1)
+        own = [row for row in found if row["section"] == section.name]
         ok = bool(own) and all(row["ok"] for row in own)
         run.sections.append({"name": section.name, "seconds": taken, "budget": section.seconds, "ok": ok})
+    if beside:
+        run.sections.append({"name": "compilation", "seconds": taken, "processes": len(beside), "ok": True})
     run.save(run)
-
-
-def _together(commands: Sequence[list[str]], seconds: float, dry: bool) -> list[int | str]:
-    """Exit codes of processes that run at once; those that do not end in time are ended."""
-    # In sessions of their own, so that what a process itself has started ends with it.
-    running = [subprocess.Popen(each, env=environment(dry), start_new_session=True) for each in commands]
-    codes: list[int | str] = []
-    deadline = time.monotonic() + seconds + GRACE
-    try:
-        for process in running:
-            try:
-                codes.append(process.wait(max(0.1, deadline - time.monotonic())))
-            except subprocess.TimeoutExpired:
-                _end(process)
-                process.wait()
-                codes.append(f"killed after {seconds + GRACE:.0f} s")
-    finally:
-        for process in running:
-            if process.poll() is None:
-                _end(process)
-    return codes
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-
-
-def _read(out: Path) -> list[Row]:
-    """The rows of a process; a last line that it did not finish is left out."""
-    lines = out.read_text().split("\n")[:-1] if out.exists() else []
-    return [json.loads(line) for line in lines]
 
 
 def _processes() -> int:

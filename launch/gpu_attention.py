@@ -73,11 +73,7 @@ def cases(dry: bool) -> Iterator[Case]:
         yield Case("d16 packed", 1, (20, 1, 19), Mask(), 2, 2, 16)
         yield Case("d16 window 8", 1, (40,), Mask(window=8), 2, 2, 16)
         return
-    for seq in (8192, 4096, 16384, 2048, 1024):
-        for head_dim in (128, 64):
-            for name, mask in (("causal", Mask()), ("full", Mask(causal=False))):
-                heads = WIDTH // head_dim
-                yield Case(f"d{head_dim} {name} {seq}", TOTAL // seq, (seq,), mask, heads, heads, head_dim)
+    yield from _plain(LENGTH)
     yield Case("d128 causal 8192, 32:8 heads", 2, (8192,), Mask(), 32, 8, 128)
     for head_dim in (128, 64):
         heads = WIDTH // head_dim
@@ -85,6 +81,15 @@ def cases(dry: bool) -> Iterator[Case]:
         told = f"d{head_dim} packed {len(lengths)} documents of {TOTAL} tokens"
         yield Case(told, 1, lengths, Mask(), heads, heads, head_dim)
     yield Case("d128 window 4096 of 16384", 1, (TOTAL,), Mask(window=4096), 16, 16, 128)
+    for seq in (4096, 16384, 2048, 1024):
+        yield from _plain(seq)
+
+
+def _plain(seq: int) -> Iterator[Case]:
+    for head_dim in (128, 64):
+        heads = WIDTH // head_dim
+        for name, mask in (("causal", Mask()), ("full", Mask(causal=False))):
+            yield Case(f"d{head_dim} {name} {seq}", TOTAL // seq, (seq,), mask, heads, heads, head_dim)
 
 
 def document_lengths(total: int) -> tuple[int, ...]:

@@ -77,10 +77,11 @@ def _job(setting: Setting, sizes: Sizes, name: str, masks: dict[str, Mask]) -> J
 def check_mask(setting: Setting, sizes: Sizes, name: str, mask: Mask) -> list[Row]:
     """All tiles of one mask, dtype and head dim."""
     rows = []
+    parts = sizes.head_dim in (16, 64, 128) and (sizes.dtype == torch.bfloat16 or name == "causal")
     for where, tile in tiles(sizes, mask).items():
         told = f"attention {name} {sizes.kind} {where}"
         for kind, check in (("", whole), (" in parts", in_parts)):
-            if kind and where == "striped":
+            if kind and (where == "striped" or not parts):
                 continue
             try:
                 rows.append(check(setting, sizes, tile, told + kind))
@@ -114,7 +115,9 @@ def tensors(setting: Setting, sizes: Sizes, tile: Tile) -> tuple[list[Tensor], l
     shapes = [(tile.queries, sizes.heads), (tile.keys, sizes.kv_heads), (tile.keys, sizes.kv_heads)]
     inputs = []
     for places, heads in shapes:
-        room = torch.full((places.batch, places.seq, heads, sizes.head_dim + 8), math.nan, dtype=sizes.dtype)
+        # With 80 channels, rows do not begin where wide loads may.
+        more = 8 if sizes.head_dim == 80 else 16
+        room = torch.full((places.batch, places.seq, heads, sizes.head_dim + more), math.nan, dtype=sizes.dtype)
         room[..., : sizes.head_dim] = torch.randn(*room.shape[:3], sizes.head_dim, generator=generator)
         inputs.append(room.to(setting.device)[..., : sizes.head_dim])
     out = torch.randn(inputs[0].shape, generator=generator).to(setting.device, sizes.dtype)

@@ -9,16 +9,17 @@ import gc
 import importlib
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 Row = dict[str, Any]
+BROKEN = 70
+"""Exit code of a process that lost its card."""
 Job = tuple[str, Callable[[], list[Row]]]
 """A name, and what measures or checks it."""
 
@@ -55,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("section", nargs="+", choices=[section.name for section in SECTIONS])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--part", default="0/1")
+    parser.add_argument("--first", type=int, default=0, help="jobs before this one are left out")
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--repetitions", type=int, default=20)
     parser.add_argument("--dry-run", action="store_true")
@@ -66,20 +68,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     setting = Setting(options.dry_run, options.repetitions, options.prepare)
     make_ready(setting.dry)
+    number = 0
     with open(options.out, "a") as file:
         for section in (section for section in SECTIONS if section.name in options.section):
             jobs = importlib.import_module(f"armillary.launch.{section.module}").jobs(setting)[share::parts]
             if section.parts == 1:
                 warm_up(setting)
             for name, job in jobs:
+                number += 1
+                if number <= options.first:
+                    continue
+                _write(file, {"job": number, "name": name, "section": section.name})
                 for row in run_job(name, job, deadline):
                     row = complete(row, section.name, setting.dry)
-                    file.write(json.dumps(finite(row)) + "\n")
-                    file.flush()
+                    _write(file, finite(row))
                     if not setting.prepare:
                         print(f"{section.name}: {line(row)}", flush=True)
+                if not usable(setting.dry):
+                    return BROKEN
                 gc.collect()
     return 0
+
+
+def _write(file: TextIO, value: Row) -> None:
+    file.write(json.dumps(value) + "\n")
+    file.flush()
+
+
+def usable(dry: bool) -> bool:
+    """Whether this process can still use its card: after a kernel that read where it may not, none can."""
+    import torch
+
+    try:
+        if not dry:
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 def make_ready(dry: bool) -> None:
@@ -87,7 +112,6 @@ def make_ready(dry: bool) -> None:
     import torch
 
     torch.manual_seed(0)
-    torch.backends.cuda.matmul.allow_tf32 = False
     # The gradients of compiled peers are taken many times from one forward pass.
     with suppress(ImportError, AttributeError):
         setattr(importlib.import_module("torch._functorch.config"), "donated_buffer", False)  # noqa: B010
@@ -137,24 +161,6 @@ def line(row: Row) -> str:
         told.append(f"target {row['target']}: {'reached' if row['reached'] else 'MISSED'}")
     told.append(row.get("error") or row["note"])
     return ("" if row["ok"] else "FAILED ") + "  ".join(filter(None, told))
-
-
-def environment(dry: bool) -> dict[str, str]:
-    """Of a section's process."""
-    kept = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "ARMILLARY_KERNELS")}
-    # One: each process compiles alone, and there are as many as there are processors for.
-    kept |= {"ARMILLARY_KERNELS": "triton", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    return kept | ({"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} if dry else {})
-
-
-def command(
-    sections: Sequence[Section], out: Path, part: str, seconds: float, repetitions: int, dry: bool, prepare: bool
-) -> list[str]:
-    """Of a section's process; several sections share one in a dry run."""
-    options = ["--out", str(out), "--part", part, "--seconds", f"{seconds:.0f}", "--repetitions", str(repetitions)]
-    flags = ["--dry-run"] * dry + ["--prepare"] * prepare
-    names = [section.name for section in sections]
-    return [sys.executable, "-m", "armillary.launch.gpu_sections", *names, *options, *flags]
 
 
 if __name__ == "__main__":

@@ -6,13 +6,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from armillary.kernels.attention_configs import KERNELS
-from armillary.launch import bench_gpu, gpu_compare, gpu_sections, gpu_shards, gpu_timing
+from armillary.launch import bench_gpu, gpu_compare, gpu_processes, gpu_sections, gpu_shards, gpu_timing
 from armillary.launch.gpu_attention import cases, document_lengths
 from armillary.launch.gpu_report import write_aside
 from armillary.launch.gpu_sections import SECTIONS, Section, complete, finite, run_job
@@ -87,44 +88,101 @@ def test_an_unknown_section_is_refused() -> None:
 
 
 def run_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, program: str, seconds: float = 60) -> bench_gpu.Run:
-    """One section whose process is `program`; %s is the file of its rows."""
-    monkeypatch.setattr(bench_gpu, "GRACE", 0.0)
+    """One section whose process is `program`; OUT is the file of its rows, FIRST the jobs that are done."""
+    monkeypatch.setattr(gpu_processes, "GRACE", 0.0)
 
-    def command(sections: Any, out: Path, *rest: Any) -> list[str]:
-        return [sys.executable, "-c", program.replace("OUT", repr(str(out)))]
+    def command(self: gpu_processes.Process, left: float) -> list[str]:
+        return [sys.executable, "-c", program.replace("OUT", repr(str(self.out))).replace("FIRST", str(self.first))]
 
-    monkeypatch.setattr(bench_gpu, "command", command)
+    monkeypatch.setattr(gpu_processes.Process, "command", command)
     run = bench_gpu.Run(False, 1, lambda run: write_aside(tmp_path / "x.json", str(len(run.rows)).encode()), tmp_path)
-    bench_gpu._run_section(run, [Section("device", "gpu_facts", seconds)], seconds)
+    bench_gpu._run(run, [Section("device", "gpu_facts", seconds)], seconds=seconds)
     return run
 
 
 ROW = '{"name": "a", "section": "device", "ok": true, "seconds": 1, "ratio": 1, "note": ""}'
+WRITE = "import os, time, subprocess; file = open(OUT, 'a'); write = lambda text: (file.write(text), file.flush()); "
 
 
-def test_a_process_that_dies_loses_only_what_it_had_not_done(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As after a kernel that reads where it may not."""
-    program = f"import os; open(OUT, 'w').write('{ROW}\\n' + '{{\"name\": '); os.abort()"
+def test_after_a_process_that_dies_another_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As after a kernel that reads where it may not: the job is told, and those after it are done."""
+    jobs = [f'{{"job": {n}, "name": "job {n}", "section": "device"}}\\n' for n in (1, 2, 3)]
+    program = WRITE + f"row = '{ROW}\\n'\n"
+    program += f"if FIRST == 0: write('{jobs[0]}' + row + '{jobs[1]}' + '{{\"name\": '); os.abort()\n"
+    program += f"write('\\n{jobs[2]}' + row)"
     run = run_with(monkeypatch, tmp_path, program)
-    assert [row["ok"] for row in run.rows] == [True, False]
-    assert "ended early: -6" in run.rows[1]["error"]
+    assert [(row["name"], row["ok"]) for row in run.rows] == [("a", True), ("a", True), ("job 2", False)]
+    assert run.rows[2]["error"] == "the process of part 0/1 ended early: -6"
     assert not run.sections[0]["ok"]
     assert bench_gpu.failed({"sections": run.sections})
-    assert (tmp_path / "x.json").read_text() == "2"
+    assert (tmp_path / "x.json").read_text() == "3"
+
+
+def test_a_process_that_cannot_begin_is_not_begun_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run = run_with(monkeypatch, tmp_path, f"open(OUT + '.began', 'a').write('x'); exit({gpu_sections.BROKEN})")
+    assert [row["name"] for row in run.rows] == ["its start"]
+    assert (tmp_path / "gpu_facts-0.began").read_text() == "x"
 
 
 def test_a_process_that_never_ends_is_ended_with_what_it_started(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    program = f"import time, subprocess, sys; open(OUT, 'w').write('{ROW}\\n'); "
-    program += "p = subprocess.Popen(['sleep', '300']); open(OUT + '.pid', 'w').write(str(p.pid)); time.sleep(300)"
+    program = WRITE + f"write('{ROW}\\n'); child = subprocess.Popen(['sleep', '300']); "
+    program += "open(OUT + '.pid', 'w').write(str(child.pid)); time.sleep(300)"
     began = time.monotonic()
     run = run_with(monkeypatch, tmp_path, program, seconds=4)
     assert time.monotonic() - began < 30
-    assert "killed after 4 s" in run.rows[1]["error"]
-    pid = (tmp_path / "gpu_facts-0.pid").read_text()
-    state = Path(f"/proc/{pid}/stat")
+    assert run.rows[1]["error"].endswith("killed, since its time was up")
+    state = Path(f"/proc/{(tmp_path / 'gpu_facts-0.pid').read_text()}/stat")
     assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+def test_without_time_a_section_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run = run_with(monkeypatch, tmp_path, "", seconds=-1)
+    assert [row["error"] for row in run.rows] == ["not run: the time of the command was up"]
+    assert not run.sections[0]["ok"]
+
+
+def test_jobs_that_were_done_are_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And the card that a job lost is not used for the next one."""
+    done: list[str] = []
+    jobs = [(name, lambda name=name: done.append(name) or [{"name": name}]) for name in "abc"]
+    monkeypatch.setattr(gpu_sections.importlib, "import_module", lambda _: SimpleNamespace(jobs=lambda setting: jobs))
+    monkeypatch.setattr(gpu_sections, "make_ready", lambda dry: None)
+    options = ["device", "--dry-run", "--out", str(tmp_path / "rows")]
+    assert gpu_sections.main([*options, "--first", "1"]) == 0
+    assert done == ["b", "c"]
+    assert gpu_sections.main([*options, "--part", "1/2"]) == 0
+    assert done == ["b", "c", "b"]
+    monkeypatch.setattr(gpu_sections, "usable", lambda dry: False)
+    assert gpu_sections.main(options) == gpu_sections.BROKEN
+    assert done == ["b", "c", "b", "a"]
+    lines = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
+    assert [line.get("job") for line in lines[:4]] == [2, None, 3, None]
+
+
+def test_what_is_checked_runs_beside_what_is_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Before anything is timed, and what is timed has the card for itself."""
+    rounds: list[list[tuple[str, bool]]] = []
+
+    def run_together(processes: Any, seconds: float) -> None:
+        rounds.append([(each.sections[0].name, each.prepare) for each in processes])
+        for each in processes:
+            each.out.write_text(ROW.replace("device", each.sections[0].name) + "\n")
+
+    monkeypatch.setattr(bench_gpu, "run_together", run_together)
+    monkeypatch.setattr(bench_gpu, "_processes", lambda: 2)
+    monkeypatch.setattr(bench_gpu, "refuse_what_cannot_run", lambda dry, only: "NVIDIA H100 80GB HBM3")
+    monkeypatch.chdir(tmp_path)
+    result = bench_gpu.measure(3, None)
+    checked = [("correctness", False)] * 2 + [("layer correctness", False)] * 2
+    compiled = [("attention", True)] * 2
+    timed = [[(name, False)] for name in ("attention", "layers", "candidates", "profile")]
+    assert rounds == [[("device", False)], checked + compiled, *timed]
+    assert len(result["rows"]) == 9
+    assert not bench_gpu.failed(result)
+    file = tmp_path / "docs/benchmarks/gpu-nvidia-h100-80gb-hbm3.json"
+    assert json.loads(file.read_text())["rows"] == result["rows"]
 
 
 def test_a_job_that_raises_is_a_row_and_one_without_time_too() -> None:
