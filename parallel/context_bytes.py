@@ -12,6 +12,7 @@ with H query heads, G key heads and d channels a head; the ring's gradients take
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -155,7 +156,7 @@ def _levels(
     across: str,
 ) -> list[int]:
     parts = every.split(degree)
-    whole = degree == 1 or all(a.kv_stop <= b.kv_first for a, b in zip(parts, parts[1:], strict=False))
+    whole = degree == 1 or all(a.kv_stop <= b.kv_first for a, b in pairwise(parts))
     levels = [Places.joined(shards[i : i + degree]) for i in range(0, len(shards), degree)]
     sent = []
     for rank in range(len(shards)):
