@@ -177,6 +177,8 @@ def check(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> None:
         raise ValueError(f"attention: {q.shape[2]} heads are not a multiple of {k.shape[2]} key heads")
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
         raise ValueError(f"attention: q {q.dtype}, k {k.dtype}, v {v.dtype} must be one floating-point dtype")
+    if not 0 < tile.scale < math.inf:
+        raise ValueError(f"attention: scale {tile.scale} must be a positive number")
     for name, tensor, places in (("queries", q, tile.queries), ("keys", k, tile.keys)):
         if tensor.shape[:2] != (places.batch, places.seq):
             raise ValueError(

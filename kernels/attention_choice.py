@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from armillary.kernels.attention_configs import longest
 from armillary.kernels.select import VARIABLE, has_triton, overrides
 from armillary.kernels.tiles import Tile
 
@@ -47,13 +48,13 @@ CHOICES = (
     ),
     Choice(
         "triton",
-        "GPU, head_dim up to 256",
+        "GPU, head_dim up to 256 (float32: 128)",
         "any mask, tiles skipped, deterministic, partial results in float32",
-        lambda device, dtype, head_dim: head_dim <= 256 and has_triton(),
+        lambda device, dtype, head_dim: head_dim <= longest(dtype) and has_triton(),
     ),
     Choice(
         "reference",
-        "GPU, head_dim over 256 or no triton",
+        "GPU, longer heads or no triton",
         "always right; holds all scores",
         lambda device, dtype, head_dim: True,
     ),

@@ -73,7 +73,7 @@ def key_gradient_kernel(
 ):  # fmt: skip
     """Grid (blocks of keys, key heads); the query heads of a key head follow one another inside a program.
 
-    KEYS and VALUES say which of the two gradients to compute: where a head is too long for both at once, one launch each.
+    KEYS and VALUES say which of the two gradients to compute: one launch each where a head is too long for both.
     """
     row, first, count, position, step, first_run, last_run = load_block(blocks_ptr, tl.program_id(0))
     kv_head = tl.program_id(1)

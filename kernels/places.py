@@ -15,12 +15,14 @@ from torch import Tensor
 ROW, START, LENGTH, POSITION, STEP, DOCUMENT = range(6)
 """Columns of a table of runs: row of the batch, first token in it, tokens, their first position, the step from one
 position to the next (1 or more), and the document, a number that is compared with those of the same row only."""
+MOST = 2**30
+"""The largest position: kernels count in 32 bits, and look a little further than a position."""
 
 
 class Places:
     """The runs of a grid of tokens (batch, seq), each token in exactly one run; and what is derived from them, once.
 
-    A plain class, which FSDP hands to a block as it is. Two of the same runs are equal and share what is derived.
+    A plain class, which FSDP hands to a block as it is. Two of the same runs have equal keys.
     """
 
     def __init__(self, batch: int, seq: int, runs: np.ndarray) -> None:
@@ -48,6 +50,8 @@ class Places:
             raise ValueError(f"places: positions {positions.shape} and documents {documents.shape} differ in shape")
         if positions.size and positions.min() < 0:
             raise ValueError(f"places: positions count from 0, but one is {positions.min()}")
+        if positions.size and positions.max() > MOST:
+            raise ValueError(f"places: positions are at most {MOST} (they are 32-bit), but one is {positions.max()}")
         tables = [_runs_of_row(row, positions[row], documents[row]) for row in range(batch if seq else 0)]
         return cls(batch, seq, np.concatenate(tables) if tables else np.zeros((0, 6), np.int64))
 

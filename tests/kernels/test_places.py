@@ -147,6 +147,8 @@ def test_what_is_refused() -> None:
     good = torch.zeros(1, 3, dtype=torch.int64)
     with pytest.raises(ValueError, match="positions count from 0, but one is -2"):
         Places.of([[0, -2]])
+    with pytest.raises(ValueError, match="at most 1073741824"):
+        Places.of([[0, 2**30 + 1]])
     with pytest.raises(ValueError, match="differ in shape"):
         Places.of(good, good[:, :2])
     # Stands for a GPU's tensor: not on the CPU.
