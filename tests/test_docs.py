@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from armillary.launch.lab_permission import why_not
+
 ROOT = Path(__file__).parent.parent
+NO_LAB = why_not()
 
 
 def commands(page: str) -> list[str]:
@@ -28,7 +31,14 @@ def clone(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("page", "least"), [("docs/first-run.md", 7), ("docs/kernels.md", 4)])
+@pytest.mark.parametrize(
+    ("page", "least"),
+    [
+        ("docs/first-run.md", 7),
+        ("docs/kernels.md", 4),
+        pytest.param("docs/lab.md", 2, marks=[pytest.mark.lab, pytest.mark.skipif(bool(NO_LAB), reason=str(NO_LAB))]),
+    ],
+)
 def test_commands_run_as_written(clone, page, least):
     found = commands(page)
     assert len(found) >= least

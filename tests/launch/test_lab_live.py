@@ -128,9 +128,10 @@ def test_gloo_gets_the_rate_of_the_link_and_the_counters_see_its_bytes():
 
 def test_behind_one_port_two_streams_share_it():
     with lab(read_spec(3, "40mbit")) as it:
-        _, together = send(it, [(0, 1), (0, 2)])
+        _, out = send(it, [(0, 1), (0, 2)])
         sent = {name: pair[0] for name, pair in it.sent().items()}
-    assert together == within(0.1, 40)
+        _, into = send(it, [(1, 0), (2, 0)])
+    assert [out, into] == [within(0.1, 40), within(0.1, 40)]
     assert sent["host0-switch"] == within(0.03, 6_000_000)
 
 
