@@ -33,7 +33,7 @@ MASKS = {
     "sinks": Mask(window=192, sinks=64, block=64),
     "strided": Mask(window=128, sinks=64, block=64, stride=3, shift=1),
 }
-HELD = 2.0**-3
+HELD = 2.0**-6
 """What stands in the buffers that gradients of keys are added to."""
 NAMES = ("out", "lse", "dq", "dk", "dv")
 

@@ -16,12 +16,6 @@ CYCLES_A_SECOND = 2e9
 MOST_SECONDS = 1.5
 """Of the repetitions of one set of turns."""
 
-METHOD = (
-    "median of CUDA events around one call; the calls compared take turns, each round starts with another one, after "
-    "warm-up; before each call 256 MiB are written, so that L2 holds nothing of its inputs, and the GPU waits as long "
-    "as the host takes to launch it, so that the time is the GPU's alone; host_seconds is what the host takes"
-)
-
 
 @dataclass(frozen=True)
 class Setting:
@@ -80,14 +74,13 @@ def measure(turns: Mapping[str, Turn], setting: Setting) -> Times:
     left = {name: turns[name] for name in times.seconds}
     fitting = int(MOST_SECONDS / max(sum(times.seconds.values()) + 2e-4 * len(left), 1e-6))
     times.repetitions = 1 if setting.dry else max(5, min(setting.repetitions, fitting))
-    run = _host_rounds if setting.dry else _gpu_rounds
-    all_seconds = run(left, times)
+    all_seconds = _host_rounds(left) if setting.dry else _gpu_rounds(left, times, setting.device)
     times.seconds = {name: statistics.median(taken) for name, taken in all_seconds.items()}
     return times
 
 
-def _gpu_rounds(turns: Mapping[str, Turn], times: Times) -> dict[str, list[float]]:
-    cache = torch.empty(FLUSHED // 4, dtype=torch.int32, device="cuda")
+def _gpu_rounds(turns: Mapping[str, Turn], times: Times, device: torch.device) -> dict[str, list[float]]:
+    cache = torch.empty(FLUSHED // 4, dtype=torch.int32, device=device)
     names, taken = list(turns), {name: [] for name in turns}  # type: ignore[var-annotated]
     for repetition in range(times.repetitions):
         start = repetition % len(names)
@@ -105,7 +98,7 @@ def _gpu_rounds(turns: Mapping[str, Turn], times: Times) -> dict[str, list[float
     return taken
 
 
-def _host_rounds(turns: Mapping[str, Turn], times: Times) -> dict[str, list[float]]:
+def _host_rounds(turns: Mapping[str, Turn]) -> dict[str, list[float]]:
     taken: dict[str, list[float]] = {}
     for name, turn in turns.items():
         began = time.perf_counter()

@@ -12,8 +12,19 @@ from typing import Any
 import pytest
 import torch
 
-from armillary.kernels.attention_configs import KERNELS
-from armillary.launch import bench_gpu, gpu_compare, gpu_processes, gpu_sections, gpu_shards, gpu_timing
+from armillary.kernels.attention_configs import KERNELS, block_config
+from armillary.kernels.mask import Mask
+from armillary.launch import (
+    bench_gpu,
+    gpu_attention,
+    gpu_candidates,
+    gpu_compare,
+    gpu_layer,
+    gpu_processes,
+    gpu_sections,
+    gpu_shards,
+    gpu_timing,
+)
 from armillary.launch.gpu_attention import cases, document_lengths
 from armillary.launch.gpu_report import write_aside
 from armillary.launch.gpu_sections import SECTIONS, Section, complete, finite, run_job
@@ -264,6 +275,90 @@ def test_shards_are_the_whole() -> None:
         gpu_shards.in_shards(hidden, weight, labels[:3], 4, torch.ones(()).double())
 
 
-def test_times_of_a_gpu_are_told_as_they_are_taken() -> None:
-    assert gpu_timing.FLUSHED == 256 << 20
-    assert "256 MiB" in bench_gpu.NOTES["time"]
+class Event:
+    """Of a card that is done when it is asked."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.time = time.perf_counter()
+
+    def elapsed_time(self, after: "Event") -> float:
+        return (after.time - self.time) * 1e3
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Setting:
+    """The interpreter in a card's place: what a real run does around the kernels, with tiny sizes."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("ARMILLARY_KERNELS", "triton")
+    monkeypatch.setattr(Setting, "device", property(lambda self: torch.device("cpu")))
+    monkeypatch.setattr(Setting, "narrow", property(lambda self: torch.float16))
+    monkeypatch.setattr(gpu_timing, "FLUSHED", 1 << 12)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda call, **_: compiled(call, backend="eager"))
+    return Setting(dry=False, repetitions=3)
+
+
+def test_rows_of_attention(card: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_attention, "LENGTH", 20)
+    forward, backward = gpu_attention.run(gpu_attention.Case("d64 causal 20", 1, (20,), Mask(), 1, 1, 64), card)
+    for row, target, factor in ((forward, 360, 1), (backward, 270, 2.5)):
+        assert (row["target"], row["reached"], row["not_below_flash"]) == (target, False, False)
+        assert row["flop"] == factor * 4 * 20 * 20 / 2 * 64
+        assert row["tflops"] == pytest.approx(row["flop"] / row["seconds"] / 1e12)
+        assert row["peers"]["flash"]["ratio"] == pytest.approx(row["peers"]["flash"]["seconds"] / row["seconds"])
+        assert "error" in row["peers"]["cudnn"]
+        assert row["repetitions"] == 5
+        assert complete(row, "attention", False)["measured"]
+        assert "target 360: MISSED" in gpu_sections.line(complete(forward, "attention", False))
+    assert forward["agreement"] < 2e-3
+
+
+def test_rows_of_candidates(card: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other kernel of the backward pass stands still; a configuration that fails is a row, and no failure."""
+    launched = []
+
+    def backward(*arguments: Any, configs: Any) -> None:
+        launched.append(configs[0])
+        if configs[0].num_stages == 3:
+            raise RuntimeError("out of resource: shared memory")
+
+    from armillary.kernels import attention_triton
+
+    monkeypatch.setattr(attention_triton, "backward", backward)
+    shipped = block_config("query_gradient", 64, torch.float16, "sm_90")
+    case = gpu_attention.Case("x", 1, (9,), Mask(), 1, 1, 64)
+    rows = gpu_candidates.run("query_gradient", case, card)
+    assert rows[0]["config"]["queries"] == shipped.queries
+    failed = [row for row in rows if row["config"]["num_stages"] == 3]
+    assert failed
+    assert all(row["error"] == "RuntimeError: out of resource: shared memory" for row in failed)
+    assert [row.get("ok", True) for row in rows] == [not (row["shipped"] and row in failed) for row in rows]
+    assert len({row["name"] for row in rows}) == len(rows) > 4
+
+
+def test_one_kernel_alone() -> None:
+    pytest.importorskip("triton")
+    from armillary.kernels import attention_triton
+
+    kernel = attention_triton.key_gradient_kernel
+    with gpu_candidates._alone("query_gradient"):
+        attention_triton.key_gradient_kernel[(1,)](1, x=2)
+        assert attention_triton.key_gradient_kernel is not kernel
+    assert attention_triton.key_gradient_kernel is kernel
+
+
+def test_rows_of_layers(card: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_layer, "sizes", lambda setting, real, tiny: tiny)
+    forward, backward = gpu_layer.norm(card, 1e9)
+    assert (forward["bytes"], backward["bytes"]) == (2 * 8 * 32 * 2, 3 * 8 * 32 * 2)
+    for row in (forward, backward):
+        assert row["of_copy"] == pytest.approx(row["bytes"] / row["seconds"] / 1e9)
+        assert row["peers"].keys() == {"plain", "compiled"}
+        assert row["ratio"] == min(peer["ratio"] for peer in row["peers"].values())
