@@ -24,7 +24,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def all_specimens() -> list[Specimen]:
-    """Every configuration in bfloat16 with every kind of mask; with the fullest, ragged heads and float32 buffers too."""
+    """Every configuration with every kind of mask; with the fullest, ragged heads and float32 too."""
     found: list[Specimen] = []
     for kernel in KERNELS:
         for head_dim in BUCKETS:

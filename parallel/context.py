@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from armillary.comm.ledger import Ledger
-from armillary.kernels.attention import Gradients, Partial, check, row_dots
+from armillary.kernels.attention import Gradients, Partial, attention, check, row_dots
 from armillary.kernels.mask import Mask
 from armillary.kernels.places import Places
 from armillary.kernels.tiles import Tile
@@ -152,7 +152,9 @@ class _ContextAttention(torch.autograd.Function):
 
 
 class ContextCore(nn.Module):
-    """Takes the place of `train.model.Core`: called with q, k, v and this rank's `ShardPlaces`. No parameters."""
+    """Takes the place of `train.model.Core`: called with q, k, v and this rank's `ShardPlaces`. No parameters.
+
+    Other `Places` are those of tokens that every rank has whole; then nothing is exchanged."""
 
     def __init__(
         self,
@@ -179,5 +181,6 @@ class ContextCore(nn.Module):
         )
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, places: Places) -> Tensor:
-        assert isinstance(places, ShardPlaces), "context parallelism needs the places of all ranks: Layout.places"
+        if not isinstance(places, ShardPlaces):  # all ranks have all tokens, as when a model writes text
+            return attention(q, k, v, places, mask=self.mask).out
         return self.attend(q, k, v, places.shards).out

@@ -22,6 +22,9 @@ class Ranks:
     """What one rank knows of the others: its mesh, its groups, and the ledger of what it sends."""
 
     mesh: DeviceMesh
+    """Axes dp and cp, from the outermost in."""
+    plane: DeviceMesh
+    """The data plane, one axis: all ranks, among which state is sharded."""
     device: torch.device
     rank: int
     num_ranks: int
@@ -41,13 +44,18 @@ class Ranks:
 
     @property
     def everyone(self) -> dist.ProcessGroup:
-        """All ranks of the run."""
-        return self.mesh["dp"].get_group()
+        """All ranks of the run; today they are the data plane."""
+        return self.plane.get_group()
 
     @property
     def data(self) -> dist.ProcessGroup:
-        """The ranks that compute different sequences."""
+        """The ranks that compute different sequences, this one among them."""
         return self.mesh["dp"].get_group()
+
+    @property
+    def context(self) -> dist.ProcessGroup:
+        """The ranks that share this one's sequences."""
+        return self.mesh["cp"].get_group()
 
 
 def make_ranks(plan: Plan, device: torch.device) -> Ranks:
@@ -58,8 +66,9 @@ def make_ranks(plan: Plan, device: torch.device) -> Ranks:
     """
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     check_num_ranks(plan, num_ranks)
-    mesh = init_device_mesh(device.type, (plan.dp,), mesh_dim_names=("dp",))
-    return Ranks(mesh, device, rank, num_ranks)
+    mesh = init_device_mesh(device.type, (plan.dp, plan.cp), mesh_dim_names=("dp", "cp"))
+    plane = init_device_mesh(device.type, (num_ranks,), mesh_dim_names=("plane",))
+    return Ranks(mesh, plane, device, rank, num_ranks)
 
 
 def check_num_ranks(plan: Plan, num_ranks: int) -> None:

@@ -22,7 +22,7 @@ def build_model(config: RunConfig, ranks: Ranks) -> Transformer:
     with torch.device("meta"):
         model = Transformer(config.model)
     model.to(torch.float64 if compute == torch.float64 else torch.float32)
-    apply(model, config.partition, ranks, compute)
+    apply(model, config.plan, config.partition, ranks, compute)
     model.to_empty(device=ranks.device)
     initialise(model, config.model.seed, place)
     return model

@@ -7,19 +7,20 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from armillary.comm.collectives import all_reduce
-from armillary.kernels.places import Places
 from armillary.parallel.mesh import Ranks
 from armillary.train.data import Batch, Dataset
 from armillary.train.model import IGNORE, Transformer
 from armillary.train.optim import clip_, gradient_norm
+from armillary.train.share import Share, share
 
 
 class Engine:
     """Runs a model that a plan has been applied to."""
 
-    def __init__(self, model: Transformer, ranks: Ranks) -> None:
+    def __init__(self, model: Transformer, ranks: Ranks, placement: str = "auto") -> None:
         self.model = model
         self.ranks = ranks
+        self.placement = placement
 
     def forward_backward(self, batches: Sequence[Batch]) -> Tensor:
         """Adds the gradient of the step's loss to every parameter; returns the loss.
@@ -27,18 +28,19 @@ class Engine:
         The loss is the sum over labelled tokens over their count in all micro-batches of all ranks. It is divided
         before backward, so gradients are those of the global mean whatever the split.
         """
-        num_labels = self._total(sum(count_labels(batch) for batch in batches)).clamp(min=1)
+        shares = [share(batch, self.ranks, self.placement) for batch in batches]
+        num_labels = self._total(sum(count_labels(part) for part in shares)).clamp(min=1)
         total = torch.zeros((), device=self.ranks.device, dtype=torch.float64)
-        for index, batch in enumerate(batches):
-            self._sync_gradients(index == len(batches) - 1)
-            loss = self._loss_sum(batch) / num_labels
+        for index, part in enumerate(shares):
+            self._sync_gradients(index == len(shares) - 1)
+            loss = self._loss_sum(part) / num_labels
             loss.backward()
             total += loss.detach()
         return self._reduce(total)
 
     def gradient_norm(self) -> Tensor:
         """Norm of the whole gradient, the same on every rank."""
-        return gradient_norm(self.model.parameters(), group=self.ranks.data, ledger=self.ranks.ledger)
+        return gradient_norm(self.model.parameters(), group=self.ranks.everyone, ledger=self.ranks.ledger)
 
     def clip(self, norm: Tensor, max_norm: float) -> None:
         """Scales the gradient down to `max_norm` if it is longer; 0 leaves it."""
@@ -50,8 +52,9 @@ class Engine:
         sums = torch.zeros(3, device=self.ranks.device, dtype=torch.float64)
         self.model.eval()
         for batch in batches:
-            loss = self._loss_sum(batch).double()
-            facts = [count_labels(batch), dataset.label_bytes(batch.labels)]
+            part = share(batch, self.ranks, self.placement)
+            loss = self._loss_sum(part).double()
+            facts = [count_labels(part), dataset.label_bytes(part.labels)]
             sums += torch.stack([loss, *torch.tensor(facts, dtype=torch.float64, device=loss.device)])
         self.model.train()
         # Without a backward pass, what stays gathered after forward would stay so, and be saved and loaded as such: in
@@ -62,11 +65,11 @@ class Engine:
         loss, labels, num_bytes = self._reduce(sums).tolist()
         return loss / max(labels, 1.0), loss / max(num_bytes, 1.0) / 0.6931471805599453
 
-    def _loss_sum(self, batch: Batch) -> Tensor:
+    def _loss_sum(self, part: Share) -> Tensor:
         tokens, labels = (
-            torch.from_numpy(array).to(self.ranks.device, non_blocking=True) for array in (batch.tokens, batch.labels)
+            torch.from_numpy(array).to(self.ranks.device, non_blocking=True) for array in (part.tokens, part.labels)
         )
-        return self.model(tokens, Places.of(batch.positions, batch.documents), labels)
+        return self.model(tokens, part.places, labels)
 
     def _sync_gradients(self, sync: bool) -> None:
         if isinstance(self.model, FSDPModule):
@@ -76,9 +79,9 @@ class Engine:
         return self._reduce(torch.tensor(count, device=self.ranks.device, dtype=torch.int64))
 
     def _reduce(self, tensor: Tensor) -> Tensor:
-        return all_reduce(tensor, group=self.ranks.data, ledger=self.ranks.ledger, purpose="statistics")
+        return all_reduce(tensor, group=self.ranks.everyone, ledger=self.ranks.ledger, purpose="statistics")
 
 
-def count_labels(batch: Batch) -> int:
-    """How many tokens of a micro-batch carry a label."""
-    return int((batch.labels != IGNORE).sum())
+def count_labels(part: Share) -> int:
+    """How many tokens of a rank's share carry a label."""
+    return int((part.labels != IGNORE).sum())

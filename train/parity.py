@@ -66,9 +66,9 @@ def trace_one_process(config: RunConfig, dataset: Dataset, steps: int) -> Trace:
 def trace_ranks(config: RunConfig, dataset: Dataset, steps: int, ranks: Ranks) -> Trace:
     """The run under its plan, by the engine that trains; every rank returns the whole trace."""
     model = build_model(config, ranks)
-    engine = Engine(model, ranks)
-    optimizers = build_optimizers(model, config.optim, group=ranks.data, ledger=ranks.ledger)
-    gather: dict[str, Any] = {"group": ranks.data, "ledger": ranks.ledger, "purpose": "parity"}
+    engine = Engine(model, ranks, config.plan.placement)
+    optimizers = build_optimizers(model, config.optim, group=ranks.everyone, ledger=ranks.ledger)
+    gather: dict[str, Any] = {"group": ranks.everyone, "ledger": ranks.ledger, "purpose": "parity"}
     trace: Trace = {}
     for step in range(steps):
         cursor = step * config.data.batch_size

@@ -60,8 +60,8 @@ class Trainer:
         self.config, self.ranks, self.folder, self.dataset = config, ranks, folder, dataset
         torch.manual_seed(config.model.seed)
         self.model = build_model(config, ranks)
-        self.engine = Engine(self.model, ranks)
-        self.optimizers = build_optimizers(self.model, config.optim, group=ranks.data, ledger=ranks.ledger)
+        self.engine = Engine(self.model, ranks, config.plan.placement)
+        self.optimizers = build_optimizers(self.model, config.optim, group=ranks.everyone, ledger=ranks.ledger)
         self.guard = Guard(config.guard)
         self.observer = Observer(config, ranks, folder)
         self.checkpointer = Checkpointer(

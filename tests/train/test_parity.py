@@ -97,11 +97,20 @@ def sabotage(what: str, rank: int) -> None:
         ["plan.dp=3", "optim.kind=muon", "optim.micro_batches=3", "model.tie_embeddings=false"],
         ["plan.dp=5", "data.batch_size=3", "optim.micro_batches=2"],
         ["plan.dp=8", "optim.clip_norm=0"],
+        ["plan.cp=2"],
+        ["plan.dp=2", "plan.cp=2", "plan.context=bidirectional_ring", "optim.micro_batches=2"],
+        ["plan.cp=3", "plan.context=token_ring", "optim.kind=muon", "model.tie_embeddings=false"],
+        ["plan.cp=3", "plan.context=all_gather", "plan.placement=striped", "partition.weights=rank"],
+        ["plan.dp=2", "plan.cp=3", "plan.context=ulysses", "optim.kind=muon", "optim.micro_batches=3"],
+        ["plan.cp=4", "plan.context=hybrid", "plan.placement=zigzag"],
+        ["plan.cp=4", "plan.context=ring", "plan.context_backward=token_ring", "plan.placement=document_zigzag"],
+        ["plan.dp=2", "plan.cp=4", "plan.placement=contiguous", "model.qk_norm=true"],
+        ["plan.cp=5", "plan.context=token_ring", "data.sequence_length=4", "data.batch_size=3"],
     ],
     ids=lambda overrides: ",".join(overrides),
 )
 def test_a_plan_computes_what_one_process_computes(world, folder, overrides):
-    num_ranks = int(overrides[0][-1])
+    num_ranks = load_config("run.toml", overrides).plan.num_ranks
     found = world(errors, num_ranks, folder, overrides)[0]
     assert found["worst_error"] < 1e-9, found
     assert found["worst_error"] == max(found["loss_error"], found["gradient_error"], found["parameter_error"])

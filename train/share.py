@@ -1,0 +1,35 @@
+"""What of a micro-batch is this rank's: all of it, or under context parallelism its share of the tokens of each row."""
+
+from dataclasses import dataclass
+from typing import get_args
+
+import numpy as np
+
+from armillary.kernels.places import Places
+from armillary.parallel.layout import Placement, lay_out
+from armillary.parallel.mesh import Ranks
+from armillary.train.data import Batch
+
+
+@dataclass(frozen=True)
+class Share:
+    """Tokens and labels (batch, the rank's tokens), int64, and where they stand."""
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    places: Places
+
+
+def share(batch: Batch, ranks: Ranks, placement: str) -> Share:
+    """This rank's share, the same on no other. Labels were shifted before: each travels with its token.
+
+    Args:
+        placement: how `parallel/layout.py` deals tokens out; auto goes by the mask and the documents.
+    """
+    size = ranks.context.size()
+    if size == 1:
+        return Share(batch.tokens, batch.labels, Places.of(batch.positions, batch.documents))
+    chosen: Placement | None = next((name for name in get_args(Placement) if name == placement), None)
+    layout = lay_out(batch.positions, batch.documents, size, chosen)
+    rank = ranks.context.rank()
+    return Share(layout.take(batch.tokens, rank), layout.take(batch.labels, rank), layout.places(rank))
