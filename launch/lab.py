@@ -99,7 +99,7 @@ def lab(spec: LabSpec) -> Iterator[Lab]:
     assert controllers is not None
     prefix = new_prefix()
     network = plan_network(spec, prefix)
-    guard = _helper(lab_leftovers.__name__)
+    guard = _helper(lab_leftovers.__name__, prefix)
     with contextlib.ExitStack() as stack:
         stack.callback(_end_helper, guard)
         stack.callback(remove, controllers, prefix)
@@ -137,9 +137,9 @@ def _carrier(network: Network, delay: float) -> "subprocess.Popen[bytes]":
     return process
 
 
-def _helper(module: str) -> "subprocess.Popen[bytes]":
+def _helper(module: str, *arguments: str) -> "subprocess.Popen[bytes]":
     """Starts a process that ends when this one does, for its input ends then."""
-    words = [sys.executable, "-m", module]
+    words = [sys.executable, "-m", module, *arguments]
     return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
 
 

@@ -5,10 +5,11 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from armillary.launch import lab_machines
-from armillary.launch.lab_machines import Controllers, find_controllers
+from armillary.launch.lab_machines import SECONDS_TO_END, Controllers, find_controllers
 from armillary.launch.lab_network import Command
 
 PREFIX = "armillary-lab-"
@@ -80,7 +81,15 @@ def fails(command: Command) -> str | None:
     return None if done.returncode == 0 else (done.stderr.strip() or f"exit code {done.returncode}").replace("\n", "; ")
 
 
-if __name__ == "__main__":
-    # The guard of a lab: its input ends when the lab's process does, however that happens.
+def guard(prefix: str) -> None:
+    """Waits for the end of its input, which is that of the lab's process, however it ends; removes what is left."""
     sys.stdin.read()
-    clean()
+    deadline = time.monotonic() + SECONDS_TO_END
+    # A process that ends closes its pipes a moment before it counts as dead.
+    while any(name.startswith(f"{prefix}-") for name in names()) and time.monotonic() < deadline:
+        clean()
+        time.sleep(0.02)
+
+
+if __name__ == "__main__":
+    guard(sys.argv[1])
