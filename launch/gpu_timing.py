@@ -11,6 +11,8 @@ import torch
 Turn = Callable[[], Any]
 FLUSHED = 256 << 20
 """Bytes written before each call: more than any L2 cache holds."""
+WARM = 8192
+"""Rows and columns of the matrix that is multiplied with itself to warm up."""
 CYCLES_A_SECOND = 2e9
 """Of a GPU, or more: the wait that hides the host is counted in cycles."""
 MOST_SECONDS = 1.5
@@ -74,6 +76,8 @@ def measure(turns: Mapping[str, Turn], setting: Setting) -> Times:
     left = {name: turns[name] for name in times.seconds}
     fitting = int(MOST_SECONDS / max(sum(times.seconds.values()) + 2e-4 * len(left), 1e-6))
     times.repetitions = 1 if setting.dry else max(5, min(setting.repetitions, fitting))
+    # What the host did since the last rounds, the clocks have slowed down for.
+    warm_up(setting, 0.05)
     all_seconds = _host_rounds(left) if setting.dry else _gpu_rounds(left, times, setting.device)
     times.seconds = {name: statistics.median(taken) for name, taken in all_seconds.items()}
     return times
@@ -116,7 +120,7 @@ def warm_up(setting: Setting, seconds: float = 1.0) -> None:
     """Products of matrices until the clocks are up and the chip is warm."""
     if setting.dry or setting.prepare:
         return
-    matrix = torch.randn(8192, 8192, dtype=torch.bfloat16, device=setting.device)
+    matrix = torch.randn(WARM, WARM, dtype=torch.bfloat16, device=setting.device)
     began = time.perf_counter()
     while time.perf_counter() - began < seconds:
         for _ in range(10):

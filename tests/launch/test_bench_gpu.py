@@ -296,6 +296,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Setting:
     monkeypatch.setattr(Setting, "device", property(lambda self: torch.device("cpu")))
     monkeypatch.setattr(Setting, "narrow", property(lambda self: torch.float16))
     monkeypatch.setattr(gpu_timing, "FLUSHED", 1 << 12)
+    monkeypatch.setattr(gpu_timing, "WARM", 16)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
