@@ -4,6 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+DEGREES = ("dp", "cp")
+"""Fields of a plan whose product is its number of ranks."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -14,8 +17,8 @@ class Plan:
     dp: int = field(default=1, metadata={"min": 1})
     """Data-parallel degree: groups of ranks, each of which computes its own sequences."""
     cp: int = field(default=1, metadata={"min": 1})
-    """Context-parallel degree: ranks that share out the tokens of each sequence. State is sharded over all dp x cp ranks
-    as `partition` says."""
+    """Context-parallel degree: ranks that share out the tokens of each sequence. State is sharded over all dp x cp
+    ranks as `partition` says."""
     context: Literal["ring", "bidirectional_ring", "token_ring", "ulysses", "all_gather", "hybrid"] = "ring"
     """How the ranks of a context group exchange keys and values, or queries."""
     context_backward: Literal["", "ring", "bidirectional_ring", "token_ring", "ulysses", "all_gather", "hybrid"] = ""

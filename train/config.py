@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from armillary.parallel.plan import Partition, Plan
+from armillary.parallel.plan import DEGREES, Partition, Plan
 from armillary.train.data import DataConfig
 from armillary.train.guard import GuardConfig
 from armillary.train.metrics import MetricsConfig
@@ -51,13 +51,15 @@ def load_config(path: str | Path, overrides: Iterable[str] = (), plan: str = "")
     Args:
         path: the TOML file.
         overrides: texts "section.key=value"; the value is TOML, or else a plain string.
-        plan: "dp=2,tp=2", short for plan.dp = 2 and plan.tp = 2.
+        plan: "dp=2,cp=2", short for plan.dp = 2 and plan.cp = 2; degrees that it leaves out are 1, whatever the file says.
 
     Raises:
         ConfigError: with one line for every mistake: where it stands, the key, what is allowed.
     """
     values, origins = _read(Path(path), ())
     shorts = [f"plan.{part.strip()}" for part in plan.split(",") if part.strip()]
+    if shorts and isinstance(values.get("plan"), dict):
+        values["plan"] = {key: value for key, value in values["plan"].items() if key not in DEGREES}
     for source, text in [("--set", o) for o in overrides] + [("--plan", s) for s in shorts]:
         _override(values, origins, source, text)
     return _validate(values, origins, str(path))

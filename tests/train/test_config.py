@@ -45,6 +45,15 @@ def test_a_file_extends_others_and_the_command_line_comes_last(tmp_path):
     assert (config.optim.learning_rate, config.data.tokenizer, config.plan.dp) == (0.01, "bytes", 3)
 
 
+def test_degrees_that_a_short_plan_leaves_out_are_1(tmp_path):
+    path = write(tmp_path / "a.toml", '[plan]\ndp = 4\nplacement = "striped"\n')
+    plan = load_config(path, [], "cp=2, context=token_ring").plan
+    assert (plan.dp, plan.cp, plan.context, plan.placement, plan.num_ranks) == (1, 2, "token_ring", "striped", 2)
+    assert str(plan) == "dp=1,cp=2,context=token_ring"
+    assert load_config(path, ["plan.dp=3"], "cp=2").plan.num_ranks == 6
+    assert load_config(path, ["plan.cp=2"]).plan.num_ranks == 8
+
+
 def test_every_mistake_is_told_at_once_with_its_place(tmp_path):
     base = write(tmp_path / "base.toml", "[model]\nnum_layer = 2\n")
     path = write(tmp_path / "a.toml", 'extends = "base.toml"\n[optim]\nsteps = "many"\nlearning_rate = 0.1\n[modle]\n')
@@ -70,7 +79,10 @@ def test_every_mistake_is_told_at_once_with_its_place(tmp_path):
         ("[model]\nnum_kv_heads = 3", "model.num_kv_heads: must divide model.num_heads = 8"),
         ("[model]\ndim = 1.5", "model.dim: should be a valid integer"),
         ("[model]\ntie_embeddings = 1", "model.tie_embeddings: should be a valid boolean; it is 1"),
-        ("[plan]\nzz = 2", "plan.zz: unknown key; allowed here: dp"),
+        ("[plan]\ncontext_level = 2", 'plan.context_level: is for plan.context = "hybrid"'),
+        ('[plan]\ncp = 3\ncontext = "hybrid"\ncontext_level = 2', "plan.context_level: is 2, which does not divide"),
+        ('[plan]\ncontext = "rings"', "plan.context: should be 'ring', 'bidirectional_ring'"),
+        ("[plan]\nzz = 2", "plan.zz: unknown key; allowed here: dp, cp, context"),
         ("[model]\nrope_scaling = 3", "model.rope_scaling: "),
         ('[[data.sources]]\npath = "x"\nwieght = 2', "data.sources[0].wieght: unknown key; did you mean"),
         ("data = 3", "data: "),

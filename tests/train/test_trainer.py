@@ -160,6 +160,22 @@ def test_a_run_crosses_to_other_numbers_of_ranks(world, folder):
     assert all(found[step] == pytest.approx(expected[step], rel=1e-5) for step in expected)
 
 
+def test_a_run_crosses_to_context_parallel_plans_and_back(world, folder):
+    """Sharded by tokens, written, read again, sampled and evaluated: the same run as on one process."""
+    sample = ["metrics.sample_prompt=the quick", "metrics.evaluate_every=3"]
+    world(train, 1, folder, "whole", ["plan.dp=1", *sample])
+    plans = (
+        (3, 2, ["plan.cp=2", "plan.context=token_ring"]),
+        (5, 4, ["plan.dp=2", "plan.cp=2", "plan.context=ulysses"]),
+        (None, 3, ["plan.cp=3", "plan.placement=striped"]),
+    )
+    for stop_at, num_ranks, plan in plans:
+        world(train, num_ranks, folder, "moved", [*plan, *sample], stop_at)
+    expected, found = losses("whole"), losses("moved")
+    assert found.keys() == expected.keys()
+    assert all(found[step] == pytest.approx(expected[step], rel=1e-5) for step in expected)
+
+
 def poisoned(rank: int, folder: Path, run: str, bad_steps: dict[int, int]) -> list[str]:
     """Trains with a loss that is not a number at some steps: how often each is still to be hit."""
     os.chdir(folder)
