@@ -23,6 +23,7 @@ from armillary.kernels.places import Places
 from armillary.kernels.tiles import Tile
 from armillary.parallel import context_gather, context_ring, context_token_ring, context_ulysses
 from armillary.parallel.context_call import Call, Heads
+from armillary.parallel.context_choice import Machine, Shape, choose
 from armillary.parallel.layout import ShardPlaces
 
 
@@ -42,6 +43,7 @@ RINGS = {
 }
 """Strategies for any number of ranks, which `hybrid` may use across levels."""
 STRATEGIES = (*RINGS, "ulysses", "hybrid")
+"""All, but for `auto`, which is one of them: see `context_choice.py`."""
 
 
 def strategy_of(name: str, size: int, level: int | None = None, across: str = "ring") -> Strategy:
@@ -85,6 +87,7 @@ def context_attention(
     ledger: Ledger,
     level: int | None = None,
     across: str = "ring",
+    machine: Machine | None = None,
     scale: float | None = None,
     first_head: int = 0,
     implementation: str | None = None,
@@ -96,8 +99,9 @@ def context_attention(
         q, k, v: of this rank's tokens, all alike float32, bfloat16, float16 or float64.
         shards: where the tokens of every rank of the group stand.
         mask: which keys of its document a query sees.
-        strategy: one of `STRATEGIES`, or one for forward and one for backward.
+        strategy: one of `STRATEGIES` or `auto`, or one for forward and one for backward.
         level, across: see `strategy_of`.
+        machine: what `auto` chooses by.
         scale: 1 / sqrt(head_dim) if None.
         first_head: number of the first key head in the whole model, where heads are shared out too.
         purpose: what the ledger counts the bytes for, followed by " forward" or " backward".
@@ -110,7 +114,10 @@ def context_attention(
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     own = shards[group.rank()]
     check(q, k, v, Tile(own, own, mask, scale, first_head))
-    names = (strategy, strategy) if isinstance(strategy, str) else strategy
+    names: tuple[str, ...] = (strategy, strategy) if isinstance(strategy, str) else strategy
+    if "auto" in names:
+        chosen = choose_strategies(q, k, shards, mask, machine, level)
+        names = tuple(one if name == "auto" else name for name, one in zip(names, chosen, strict=True))
     ways = [strategy_of(name, group.size(), level, across) for name in names]
     call = partial(
         Call,
@@ -127,6 +134,23 @@ def context_attention(
     )
     passes = call(purpose=f"{purpose} forward"), call(purpose=f"{purpose} backward")
     return Partial(*_ContextAttention.apply(q, k, v, ways[0].forward, ways[1].backward, *passes))
+
+
+def choose_strategies(
+    q: Tensor, k: Tensor, shards: Sequence[Places], mask: Mask, machine: Machine | None, level: int | None = None
+) -> tuple[str, str]:
+    """What `auto` is for such a call, forward and backward; the same on every rank.
+
+    Raises:
+        ValueError: if nothing is known of the machine.
+    """
+    if machine is None:
+        raise ValueError("plan.context: auto needs the rate of the links; measure them, or name a strategy")
+    tokens, rows = max(places.seq for places in shards) * q.shape[0], q.shape[0]
+    sizes = q.shape[2], k.shape[2], q.shape[3], q.dtype.itemsize
+    shape = Shape(len(shards), tokens, *sizes, causal=mask.causal, rows=max(rows, 1))
+    forward, backward = (choose(shape, machine, back, mask=mask, level=level) for back in (False, True))
+    return forward.strategy, backward.strategy
 
 
 class _ContextAttention(torch.autograd.Function):
@@ -165,6 +189,7 @@ class ContextCore(nn.Module):
         mask: Mask | None = None,
         level: int | None = None,
         across: str = "ring",
+        machine: Machine | None = None,
         first_head: int = 0,
     ) -> None:
         super().__init__()
@@ -177,6 +202,7 @@ class ContextCore(nn.Module):
             ledger=ledger,
             level=level,
             across=across,
+            machine=machine,
             first_head=first_head,
         )
 

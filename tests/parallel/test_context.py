@@ -12,8 +12,9 @@ from armillary.comm.ledger import Ledger
 from armillary.kernels import attention
 from armillary.kernels.mask import Mask
 from armillary.kernels.places import Places
-from armillary.parallel.context import STRATEGIES, ContextCore, context_attention, smallest_divisor
+from armillary.parallel.context import STRATEGIES, ContextCore, choose_strategies, context_attention, smallest_divisor
 from armillary.parallel.context_bytes import bytes_sent
+from armillary.parallel.context_choice import Link, Machine
 from armillary.parallel.layout import lay_out
 
 NAMES = ("out", "lse", "dQ", "dK", "dV")
@@ -137,6 +138,7 @@ def refusals(rank: int) -> list[str]:
         (layout.shards(), q, "spiral", {}),
         (layout.shards(), q, "hybrid", {"across": "ulysses"}),
         (layout.shards(), q, "hybrid", {"level": 3}),
+        (layout.shards(), q, "auto", {}),
     ):
         with pytest.raises(ValueError) as caught:
             context_attention(tensor, tensor, tensor, shards, Mask(), strategy, **facts, **options)
@@ -151,6 +153,7 @@ def test_what_does_not_fit_is_refused(world):
         "no strategy 'spiral' here; there are ring, bidirectional_ring",
         "no strategy 'ulysses' here; there are ring",
         "levels of 3 ranks do not divide the 2 ranks of a context group; choose a divisor of 2",
+        "auto needs the rate of the links; measure them, or name a strategy",
     ]
     for messages in world(refusals, 2):
         assert all(part in message for part, message in zip(expected, messages, strict=True)), messages
@@ -162,6 +165,26 @@ def module(rank: int) -> bool:
     core = ContextCore(("ring", "token_ring"), group=dist.group.WORLD, ledger=Ledger())
     got = core(*(layout.take(tensor, rank) for tensor in (q, k, v)), layout.places(rank))
     return torch.allclose(got, layout.take(attention.attention(q, k, v).out, rank), atol=1e-12)
+
+
+def chosen(rank: int) -> tuple[list[str], bool]:
+    """One head on four ranks with one port each: nothing for Ulysses to share out, no room to gather."""
+    layout, ledger = lay_out(torch.arange(11).view(1, 11).numpy(), None, 4, "zigzag"), Ledger()
+    q, k, v = torch.randn(3, 1, 11, 1, 64, generator=torch.Generator().manual_seed(0), dtype=torch.bfloat16)
+    parts = [layout.take(tensor, rank).requires_grad_() for tensor in (q, k, v)]
+    machine, facts = Machine(Link(1e9), room=1e3), {"group": dist.group.WORLD, "ledger": ledger}
+    context_attention(*parts, layout.shards(), Mask(), "auto", machine=machine, **facts).out.sum().backward()
+    sizes = {"heads": 1, "kv_heads": 1, "head_dim": 64, "dtype": torch.bfloat16}
+    names = list(choose_strategies(q, k, layout.shards(), Mask(), machine))
+    counted = [ledger.bytes(f"context {name}") for name in ("forward", "backward")]
+    shards = layout.shards()
+    return names, counted == [bytes_sent(n, bool(i), shards, Mask(), **sizes)[rank] for i, n in enumerate(names)]
+
+
+def test_auto_chooses_for_each_pass(world):
+    for names, as_counted in world(chosen, 4):
+        assert names == ["ring", "token_ring"]
+        assert as_counted
 
 
 def test_a_module_in_the_place_of_the_models_own(world):
