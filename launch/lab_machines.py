@@ -11,6 +11,9 @@ from pathlib import Path
 PERIOD = 10_000
 """Microseconds between two shares of CPU time: short, so that a slow host is slow in each step, not now and then."""
 LEAST_QUOTA = 1_000
+SHARES = {1: ("cpu.shares", 100 * 1024), 2: ("cpu.weight", 1000)}
+"""File and text for one core: hosts come before what else runs on the machine, and stay in proportion among themselves
+should there be too few cores for all of them."""
 SECONDS_TO_END = 10.0
 ALWAYS = ("freezer", "cpuacct")
 
@@ -90,6 +93,8 @@ def limits(version: int, cpus: float | None, memory: int | None) -> list[tuple[s
     if cpus is not None:
         period = max(PERIOD, round(LEAST_QUOTA / cpus))
         quota = round(cpus * period)
+        file, one_core = SHARES[version]
+        texts.append(("cpu", file, str(max(2, min(round(cpus * one_core), 10_000 if version == 2 else 262_144)))))
         if version == 1:
             texts += [("cpu", "cpu.cfs_period_us", str(period)), ("cpu", "cpu.cfs_quota_us", str(quota))]
         else:

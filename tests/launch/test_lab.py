@@ -244,8 +244,13 @@ def test_controllers_are_found_below_the_own_group(tmp_path):
 
 
 def test_limits_as_files():
-    assert limits(1, 0.25, None) == [("cpu", "cpu.cfs_period_us", "10000"), ("cpu", "cpu.cfs_quota_us", "2500")]
+    assert limits(1, 0.25, None) == [
+        ("cpu", "cpu.shares", "25600"),
+        ("cpu", "cpu.cfs_period_us", "10000"),
+        ("cpu", "cpu.cfs_quota_us", "2500"),
+    ]
     assert limits(2, 0.05, 1 << 20) == [
+        ("cpu", "cpu.weight", "50"),
         ("cpu", "cpu.max", "1000 20000"),
         ("memory", "memory.max", "1048576"),
         ("memory", "memory.swap.max", "0"),
