@@ -2,11 +2,13 @@
 
 import os
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 
 from armillary.parallel.mesh import make_ranks
+from armillary.parallel.plan import Plan
 from armillary.train.config import load_config
 from armillary.train.data import prepare
 from armillary.train.parity import compare, trace_one_process, trace_ranks
@@ -97,7 +99,6 @@ def sabotage(what: str, rank: int) -> None:
         ["plan.dp=3", "optim.kind=muon", "optim.micro_batches=3", "model.tie_embeddings=false"],
         ["plan.dp=5", "data.batch_size=3", "optim.micro_batches=2"],
         ["plan.dp=8", "optim.clip_norm=0"],
-        ["plan.cp=2"],
         ["plan.dp=2", "plan.cp=2", "plan.context=bidirectional_ring", "optim.micro_batches=2"],
         ["plan.cp=3", "plan.context=token_ring", "optim.kind=muon", "model.tie_embeddings=false"],
         ["plan.cp=3", "plan.context=all_gather", "plan.placement=striped", "partition.weights=rank"],
@@ -114,6 +115,22 @@ def test_a_plan_computes_what_one_process_computes(world, folder, overrides):
     found = world(errors, num_ranks, folder, overrides)[0]
     assert found["worst_error"] < 1e-9, found
     assert found["worst_error"] == max(found["loss_error"], found["gradient_error"], found["parameter_error"])
+
+
+def every_strategy(rank: int, folder: Path, overrides: list[str]) -> dict[str, float]:
+    """The worst error of each, all on the same ranks."""
+    return {
+        name: errors(rank, folder, [*overrides, f"plan.context={name}"]).get("worst_error", 0.0)
+        for name in get_args(get_type_hints(Plan)["context"])
+    }
+
+
+@pytest.mark.parametrize("cp", [2, 3, 4])
+def test_every_context_strategy_computes_what_one_process_computes(world, folder, cp):
+    """With packed documents, grouped heads and FSDP."""
+    found = world(every_strategy, cp, folder, [f"plan.cp={cp}"])[0]
+    assert len(found) >= 6
+    assert max(found.values()) < 1e-9, found
 
 
 @pytest.mark.parametrize(
