@@ -57,6 +57,8 @@ def run(kernel: str, case: Case, setting: Setting) -> list[Row]:
         replace(shipped, queries=queries, keys=keys, num_warps=warps, num_stages=stages)
         for queries, keys, warps, stages in CANDIDATES[kernel, case.head_dim]
     ]
+    if kernel == "key_gradient":
+        others.append(replace(shipped, split=not shipped.split))
     configs = [shipped, *(config for config in others if config != shipped)][: 2 if setting.dry else None]
     names = [name_of(asdict(config)) for config in configs]
     launches = _launches(kernel, case, setting)
