@@ -60,35 +60,47 @@ def both_ways(heads: Heads) -> tuple[Lane, ...]:
 
 @dataclass(frozen=True)
 class Route:
-    """One chunk's way, each list by distance from its owner: bool arrays over the owner's tokens."""
+    """One chunk's way: which of the owner's tokens matter how far from it; bool arrays (tokens,)."""
 
-    wanted: list[np.ndarray]
-    """What the rank there computes with; distance 0 counts as nothing, since the owner's tile is not the ring's."""
-    carried: list[np.ndarray]
-    """What arrives there: wanted there or further on; at distance 0, all tokens."""
-    touched: list[np.ndarray]
-    """What has been wanted there or before: the tokens whose gradients leave that rank."""
+    seen: np.ndarray
+    """Whether the rank at each distance computes with each token, bool (ranks, tokens); false at distance 0, since the
+    owner's own tile is not the ring's."""
+    furthest: np.ndarray
+    """Where each token is seen last, int64 (tokens,); 0 if nowhere."""
+    nearest: np.ndarray
+    """Where it is seen first; the number of ranks if nowhere."""
+
+    def wanted(self, distance: int) -> np.ndarray:
+        """What the rank there computes with."""
+        return self.seen[distance]
+
+    def carried(self, distance: int) -> np.ndarray:
+        """What arrives there: wanted there or further on; at distance 0, all tokens."""
+        return self.furthest >= distance
+
+    def touched(self, distance: int) -> np.ndarray:
+        """What has been wanted there or before: the tokens whose gradients leave that rank."""
+        return self.nearest <= distance
 
     @property
     def last(self) -> int:
         """The furthest rank that wants anything; 0 if none does."""
-        return max((distance for distance, wanted in enumerate(self.wanted) if wanted.any()), default=0)
+        return int(self.furthest.max(initial=0))
 
 
 def route_of(call: Call, lane: Lane, owner: int) -> Route:
     """The way of `owner`'s chunk in a lane; a pure function of the call's places and mask, kept."""
 
     def make() -> Route:
-        seq = call.shards[owner].seq
-        part = np.ones(seq, dtype=bool)
-        if lane.half is not None:
-            part = (np.arange(seq) >= seq // 2) == bool(lane.half)
+        size, seq = call.size, call.shards[owner].seq
         keys = call.needs.keys
-        wanted = [np.zeros(seq, dtype=bool)]
-        wanted += [keys[(owner + lane.way * distance) % call.size][owner] & part for distance in range(1, call.size)]
-        further = np.logical_or.accumulate(np.stack([*wanted, wanted[0]])[::-1])[::-1]
-        before = np.logical_or.accumulate(np.stack(wanted))
-        return Route(wanted, [np.ones(seq, dtype=bool), *further[1:]], list(before))
+        seen = np.stack([keys[(owner + lane.way * distance) % size][owner] for distance in range(size)])
+        seen[0] = False
+        if lane.half is not None:
+            seen &= (np.arange(seq) >= seq // 2) == bool(lane.half)
+        nowhere = ~seen.any(0)
+        furthest = np.where(nowhere, 0, size - 1 - seen[::-1].argmax(0))
+        return Route(seen, furthest, np.where(nowhere, size, seen.argmax(0)))
 
     everyone = tuple(places.key for places in call.shards)
     return call.own.derived(("route", everyone, call.mask, lane.way, lane.half, owner), make)
@@ -153,7 +165,7 @@ def _backward(inputs: tuple[Tensor, ...], call: Call, lanes: tuple[Lane, ...]) -
             route = route_of(call, lane, call.rank)
             for gradient, part in zip((total.k, total.v), home, strict=True):
                 assert gradient is not None
-                add(gradient[:, :, theirs], 1, route.carried[0], route.touched[route.last], part)
+                add(gradient[:, :, theirs], 1, route.carried(0), route.touched(route.last), part)
     return total
 
 
@@ -169,9 +181,9 @@ def _pass_on(chunks: list[Tensor], call: Call, lanes: tuple[Lane, ...], distance
     sends, receives = [], []
     for lane, chunk in zip(lanes, chunks, strict=True) if distance + 1 < call.size else ():
         here = route_of(call, lane, lane.owner(call, distance)).carried
-        sends.append(Send(pick(chunk, 2, here[distance], here[distance + 1]), (call.rank + lane.way) % call.size))
+        sends.append(Send(pick(chunk, 2, here(distance), here(distance + 1)), (call.rank + lane.way) % call.size))
         there = route_of(call, lane, lane.owner(call, distance + 1)).carried
-        shape = (2, chunk.shape[1], int(there[distance + 1].sum()), *chunk.shape[3:])
+        shape = (2, chunk.shape[1], int(there(distance + 1).sum()), *chunk.shape[3:])
         receives.append(Receive(shape, chunk.dtype, (call.rank - lane.way) % call.size))
     return call.start(sends, receives, chunks[0], tag=2 * distance)
 
@@ -180,10 +192,10 @@ def _wanted(chunk: Tensor, call: Call, lane: Lane, distance: int) -> tuple[Tenso
     """The part of the chunk that this rank computes with, and its places; None if there is none."""
     owner = lane.owner(call, distance)
     route = route_of(call, lane, owner)
-    wanted = route.wanted[distance]
+    wanted = route.wanted(distance)
     if not wanted.any():
         return None
-    return pick(chunk, 2, route.carried[distance], wanted), call.shards[owner].picked(wanted)
+    return pick(chunk, 2, route.carried(distance), wanted), call.shards[owner].picked(wanted)
 
 
 def _gradients(
@@ -219,12 +231,12 @@ class _Sums:
         for number, lane in enumerate(self.lanes):
             owner = lane.owner(call, distance)
             route = route_of(call, lane, owner)
-            if distance <= route.last and route.touched[distance].any():
+            if distance <= route.last and route.touched(distance).any():
                 total = _joined(arrived[number], new[number], route, distance)
                 to = (call.rank + lane.way) % call.size if distance < route.last else owner
                 sends.append(Send(total, to))
             following = route_of(call, lane, lane.owner(call, distance + 1))
-            if distance < following.last and following.touched[distance].any():
+            if distance < following.last and following.touched(distance).any():
                 receives.append(self._receive(lane, following, distance, call.rank - lane.way))
                 labels.append((number, False))
             own = route_of(call, lane, call.rank)
@@ -240,7 +252,7 @@ class _Sums:
 
     def _receive(self, lane: Lane, route: Route, distance: int, source: int) -> Receive:
         batch, _, _, head_dim = self.like.shape
-        shape = (2, batch, int(route.touched[distance].sum()), lane.heads.num_kv, head_dim)
+        shape = (2, batch, int(route.touched(distance).sum()), lane.heads.num_kv, head_dim)
         return Receive(shape, wide(self.like.dtype), source % self.call.size)
 
     def _arrived(self) -> list[Tensor | None]:
@@ -255,7 +267,7 @@ class _Sums:
 
 def _joined(arrived: Tensor | None, new: Tensor | None, route: Route, distance: int) -> Tensor:
     """Sums over the tokens touched so far; `arrived` may be changed."""
-    before, now = route.touched[distance - 1], route.touched[distance]
+    before, now = route.touched(distance - 1), route.touched(distance)
     if arrived is None:
         assert new is not None
         return new
@@ -264,5 +276,5 @@ def _joined(arrived: Tensor | None, new: Tensor | None, route: Route, distance: 
         total = arrived.new_zeros(*arrived.shape[:2], int(now.sum()), *arrived.shape[3:])
         add(total, 2, now, before, arrived)
     if new is not None:
-        add(total, 2, now, route.wanted[distance], new)
+        add(total, 2, now, route.wanted(distance), new)
     return total
