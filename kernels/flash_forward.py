@@ -73,7 +73,7 @@ def load_partial(out_tile, lse_row, valid, inside):
     return tl.where(none[:, None], 0.0, out), lse * LOG2E, tl.where(none, 0.0, 1.0)
 
 
-@triton.jit(do_not_specialize=["reach", "sinks", "stride", "shift", "first_head"])
+@triton.jit(do_not_specialize=["reach", "sinks", "stride", "shift", "first_head", "lse_batch", "lse_head"])
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, blocks_ptr, runs_ptr,
     q_batch, q_seq, q_head, k_batch, k_seq, k_head, v_batch, v_seq, v_head,

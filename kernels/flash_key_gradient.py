@@ -62,7 +62,7 @@ def add_queries(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["reach", "sinks", "stride", "shift", "first_head"])
+@triton.jit(do_not_specialize=["reach", "sinks", "stride", "shift", "first_head", "offset_batch", "offset_head"])
 def key_gradient_kernel(
     d_out_ptr, q_ptr, k_ptr, v_ptr, score_offset_ptr, slope_offset_ptr, dk_ptr, dv_ptr, blocks_ptr, runs_ptr,
     d_out_batch, d_out_seq, d_out_head, q_batch, q_seq, q_head, k_batch, k_seq, k_head, v_batch, v_seq, v_head,
@@ -71,15 +71,14 @@ def key_gradient_kernel(
     rule: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, ADD_K: tl.constexpr, ADD_V: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr
 ):  # fmt: skip
-    """Grid (blocks of keys, key heads); the query heads of a key head follow one another inside a program.
-
-    KEYS and VALUES say which of the two gradients to compute: one launch each where a head is too long for both.
-    """
+    """Grid (blocks of keys, key heads), one query head after the other. KEYS and VALUES are the gradients to compute: one
+    launch each where a head is too long for both."""
     row, first, count, position, step, first_run, last_run = load_block(blocks_ptr, tl.program_id(0))
     kv_head = tl.program_id(1)
     limits = (reach, sinks, stride, shift * (first_head + kv_head))
 
     columns, dims = tl.arange(0, BN), tl.arange(0, D)
+    last = position + (count - 1) * step
     inside = (columns < count)[:, None] & (dims[None, :] < HEAD_DIM)
     k_block = k_ptr + row * k_batch + kv_head * k_head + first * k_seq
     k = tl.load(k_block + (columns[:, None] * k_seq + dims[None, :]), mask=inside, other=0.0)
@@ -95,11 +94,10 @@ def key_gradient_kernel(
     )
     for number in tl.range(first_run, last_run, disable_licm=True):
         start, run = load_run(runs_ptr, number)
-        low, high = position, position + (count - 1) * step
-        begin, full_begin, full_end, end = query_ranges(low, high, run, limits, rule)
+        begin, full_begin, full_end, end = query_ranges(position, last, run, limits, rule)
         from_middle, to_middle = middle(begin, full_begin, full_end, BM)
         if rule.far:
-            end = tl.where(some_far(low, high, limits, rule), run[2], end)
+            end = tl.where(some_far(position, last, limits, rule), run[2], end)
         for head in tl.range(kv_head * group, kv_head * group + group, disable_licm=True):
             q_run = q_ptr + row * q_batch + head * q_head + start * q_seq
             d_out_run = d_out_ptr + row * d_out_batch + head * d_out_head + start * d_out_seq

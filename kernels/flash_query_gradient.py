@@ -64,7 +64,7 @@ def store_gradient(tile, gradient, inside, ADD: tl.constexpr):
     tl.store(tile, gradient.to(tile.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["reach", "sinks", "stride", "shift", "first_head"])
+@triton.jit(do_not_specialize=["reach", "sinks", "stride", "shift", "first_head", "offset_batch", "offset_head"])
 def query_gradient_kernel(
     d_out_ptr, q_ptr, k_ptr, v_ptr, score_offset_ptr, slope_offset_ptr, dq_ptr, blocks_ptr, runs_ptr,
     d_out_batch, d_out_seq, d_out_head, q_batch, q_seq, q_head, k_batch, k_seq, k_head, v_batch, v_seq, v_head,
