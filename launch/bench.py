@@ -11,10 +11,12 @@ Row = dict[str, Any]
 """`name`, `seconds` (median), `ratio`, `bytes`, `measured` or `simulated` (true), `note`, and what else there is."""
 BENCHMARKS = {
     "attention": "armillary.launch.bench_attention",
+    "context": "armillary.launch.bench_context",
     "gpu": "armillary.launch.bench_gpu",
     "train": "armillary.launch.bench_train",
 }
-"""Module of each benchmark; it has `rows(repetitions) -> list[Row]`."""
+"""Module of each benchmark. What `run_benchmark` runs has `rows(repetitions) -> list[Row]`; the others have verbs that
+do more."""
 
 
 def run_benchmark(name: str, repetitions: int) -> dict[str, Any]:

@@ -198,6 +198,30 @@ def bench_attention(
     _write(output, result)
 
 
+@bench.command("context")
+def bench_context(
+    repetitions: Repetitions = 5,
+    regime: Annotated[
+        str, typer.Option(help="communication (short shards, slow links) or compute: what is left out below")
+    ] = "communication",
+    tokens: Annotated[int | None, typer.Option(min=1, help="of each rank")] = None,
+    heads: Annotated[str, typer.Option(help="query heads and key heads of each case")] = "8:8,8:1",
+    strategies: Annotated[str, typer.Option(metavar="LIST", help="ring,token_ring,...; all if left out")] = "",
+    ranks: Annotated[int | None, typer.Option(help="processes on this machine; 4 if left out")] = None,
+    topology: Annotated[str, typer.Option("--lab", help="measure in a lab instead: star, mesh or ring")] = "",
+    hosts: Annotated[int | None, typer.Option(help="with --lab: how many; 4 if left out")] = None,
+    rate: Annotated[str, typer.Option(help="with --lab: of each link, 200mbit")] = "",
+    cpus: Annotated[str, typer.Option(help="with --lab: cores of each host; one, or one a host: 0.5")] = "",
+    output: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Strategies of context parallelism, forward and backward: time, bytes, and how much communication is exposed."""
+    from armillary.launch.bench_context import measure
+
+    result = measure(repetitions, regime, tokens, heads, strategies, ranks, topology, hosts, rate, cpus)
+    _write(output, result)
+
+
 @bench.command("gpu")
 def bench_gpu(
     repetitions: Repetitions = 20,
