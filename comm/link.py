@@ -1,5 +1,6 @@
 """The link between the ranks of a group, measured: what one exchange between neighbours takes."""
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,11 +40,11 @@ class Link:
 
 
 def short(value: float, unit: str) -> str:
-    """A number of three digits with a prefix of its unit."""
-    for prefix, size in (("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1), ("m", 1e-3), ("u", 1e-6)):
-        if value >= size:
-            return f"{value / size:.3g} {prefix}{unit}"
-    return f"{value:.3g} {unit}"
+    """Three digits and a prefix."""
+    if value == 0:
+        return f"0 {unit}"
+    power = min(max(math.floor(math.log10(abs(value)) / 3), -3), 4)
+    return f"{value / 1000**power:.3g} {['n', 'µ', 'm', '', 'k', 'M', 'G', 'T'][power + 3]}{unit}"
 
 
 def measure_link(group: dist.ProcessGroup, ledger: Ledger, device: torch.device) -> Link:

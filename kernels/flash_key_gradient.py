@@ -71,8 +71,8 @@ def key_gradient_kernel(
     rule: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, ADD_K: tl.constexpr, ADD_V: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr
 ):  # fmt: skip
-    """Grid (blocks of keys, key heads), one query head after the other. KEYS and VALUES are the gradients to compute: one
-    launch each where a head is too long for both."""
+    """Grid (blocks of keys, key heads), one query head after the other. KEYS and VALUES are the gradients to compute:
+    one launch each where a head is too long for both."""
     row, first, count, position, step, first_run, last_run = load_block(blocks_ptr, tl.program_id(0))
     kv_head = tl.program_id(1)
     limits = (reach, sinks, stride, shift * (first_head + kv_head))

@@ -12,32 +12,13 @@ query heads a key head. With grouped queries, today's rule, rings win. A direct 
 once, but holds the keys of all ranks.
 """
 
-import math
 from dataclasses import dataclass
 from functools import lru_cache
 
+from armillary.comm.link import Link, short
 from armillary.kernels.mask import Mask
 from armillary.parallel.context_call import Heads
 from armillary.parallel.context_ulysses import is_shared
-
-
-@dataclass(frozen=True)
-class Link:
-    """What joins the ranks."""
-
-    rate: float
-    """Bytes a second, each way."""
-    latency: float = 0.0
-    """Seconds before the first byte of an exchange arrives."""
-    own_links: bool = False
-    """Whether each pair of ranks has a duplex link of its own; else each rank has one duplex port for all."""
-
-    def seconds(self, num_bytes: float) -> float:
-        return self.latency + num_bytes / self.rate if num_bytes else 0.0
-
-    def __str__(self) -> str:
-        kind = "a link for each pair" if self.own_links else "one port a rank"
-        return f"{kind}, {_number(self.rate, 'B/s')}, {_number(self.latency, 's')} latency"
 
 
 @dataclass(frozen=True)
@@ -140,12 +121,10 @@ def choose(
     left_out = ""
     if room is not None and held > room:
         del allowed["all_gather"]
-        left_out = (
-            f"; all_gather is left out: it holds {_number(held, 'B')}, and there is room for {_number(room, 'B')}"
-        )
+        left_out = f"; all_gather is left out: it holds {short(held, 'B')}, and there is room for {short(room, 'B')}"
     best = min(allowed.values())
     chosen = next(strategy for strategy, time in allowed.items() if time <= best * SAME)
-    times = ", ".join(f"{strategy} {_number(time, 's')}" for strategy, time in seconds.items())
+    times = ", ".join(f"{strategy} {short(time, 's')}" for strategy, time in seconds.items())
     why = (
         f"{name}: {chosen}, of {times}, for {shape.ranks} ranks of {shape.tokens} tokens, {shape.heads} heads and "
         f"{shape.kv_heads} key heads of {shape.head_dim}, {link}{left_out}"
@@ -242,11 +221,3 @@ def step_ratio(shape: Shape, own_links: bool, backward: bool) -> float:
     if backward:
         out, home = 2 * shape.queries + 2 * shape.row_numbers, shape.queries
     return ring / (max(out, home) if own_links else out + home)
-
-
-def _number(value: float, unit: str) -> str:
-    """Three digits and a prefix."""
-    if value == 0:
-        return f"0 {unit}"
-    power = min(max(math.floor(math.log10(abs(value)) / 3), -3), 4)
-    return f"{value / 1000**power:.3g} {['n', 'µ', 'm', '', 'k', 'M', 'G', 'T'][power + 3]}{unit}"

@@ -19,9 +19,12 @@ class Plan:
     cp: int = field(default=1, metadata={"min": 1})
     """Context-parallel degree: ranks that share out the tokens of each sequence. State is sharded over all dp x cp
     ranks as `partition` says."""
-    context: Literal["ring", "bidirectional_ring", "token_ring", "ulysses", "all_gather", "hybrid"] = "ring"
-    """How the ranks of a context group exchange keys and values, or queries."""
-    context_backward: Literal["", "ring", "bidirectional_ring", "token_ring", "ulysses", "all_gather", "hybrid"] = ""
+    context: Literal["ring", "bidirectional_ring", "token_ring", "ulysses", "all_gather", "hybrid", "auto"] = "auto"
+    """How the ranks of a context group exchange keys and values, or queries. auto measures the links when a run starts,
+    chooses for each pass, says why, and is replaced by its choice in the run's config."""
+    context_backward: Literal[
+        "", "ring", "bidirectional_ring", "token_ring", "ulysses", "all_gather", "hybrid", "auto"
+    ] = ""
     """The same for the backward pass; empty for the forward pass's own."""
     context_level: int = field(default=0, metadata={"min": 0})
     """Ranks of a fast level, neighbours in a context group, for `hybrid`; 0 for the smallest divisor of cp."""

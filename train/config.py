@@ -51,7 +51,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = (), plan: str = "")
     Args:
         path: the TOML file.
         overrides: texts "section.key=value"; the value is TOML, or else a plain string.
-        plan: "dp=2,cp=2", short for plan.dp = 2 and plan.cp = 2; degrees that it leaves out are 1, whatever the file says.
+        plan: "dp=2,cp=2", short for plan.dp = 2 and plan.cp = 2; degrees that it leaves out are 1.
 
     Raises:
         ConfigError: with one line for every mistake: where it stands, the key, what is allowed.

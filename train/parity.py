@@ -25,6 +25,7 @@ from armillary.train.engine import Engine
 from armillary.train.failure import guarded, leave
 from armillary.train.model import IGNORE, Transformer, initialise
 from armillary.train.optim import build_optimizers
+from armillary.train.resolve import resolve
 from armillary.train.schedule import learning_rate_ratio
 
 Trace = dict[str, Tensor]
@@ -65,6 +66,7 @@ def trace_one_process(config: RunConfig, dataset: Dataset, steps: int) -> Trace:
 
 def trace_ranks(config: RunConfig, dataset: Dataset, steps: int, ranks: Ranks) -> Trace:
     """The run under its plan, by the engine that trains; every rank returns the whole trace."""
+    config, _ = resolve(config, ranks)
     model = build_model(config, ranks)
     engine = Engine(model, ranks, config.plan.placement)
     optimizers = build_optimizers(model, config.optim, group=ranks.everyone, ledger=ranks.ledger)

@@ -23,6 +23,7 @@ from armillary.train.metrics import Ending
 from armillary.train.model_shape import num_parameters
 from armillary.train.observer import Observer
 from armillary.train.optim import build_optimizers
+from armillary.train.resolve import resolve
 from armillary.train.restore import (
     check_same_data,
     load_state,
@@ -217,10 +218,13 @@ def run_rank(options: argparse.Namespace) -> None:
         _check_same_everywhere(config, dataset, ranks)
         folder = _agreed_folder(config, options, dataset, ranks)
         lock = _take(folder, ranks)  # noqa: F841 (held until the process ends)
+        config, choices = resolve(config, ranks)
         trainer = Trainer(config, ranks, folder, dataset, ranks.agree(secrets.token_hex(4)))
         ending: Ending = "failed"
         message = ""
         try:
+            for choice in choices:
+                trainer.observer.note(choice)
             trainer.run()
             ending = "finished"
         except KeyboardInterrupt:
