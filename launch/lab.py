@@ -152,4 +152,4 @@ def _end_helper(process: "subprocess.Popen[bytes]") -> None:
 
 
 def _ip(*arguments: str) -> str:
-    return subprocess.run(["ip", *arguments], capture_output=True, text=True, check=True).stdout
+    return subprocess.run(["ip", *arguments], capture_output=True, text=True, check=True, start_new_session=True).stdout

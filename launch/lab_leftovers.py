@@ -77,7 +77,8 @@ def controllers_here() -> Controllers | None:
 
 def fails(command: Command) -> str | None:
     """Runs a command; what it told if it failed."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # In a session of its own, for a terminal's Ctrl-C goes to all that are in one.
+    done = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
     return None if done.returncode == 0 else (done.stderr.strip() or f"exit code {done.returncode}").replace("\n", "; ")
 
 

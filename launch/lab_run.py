@@ -22,11 +22,7 @@ from armillary.launch.lab_machines import SECONDS_TO_END, end
 from armillary.launch.lab_permission import why_not
 from armillary.launch.lab_spec import LabSpec
 
-ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
-
-
-class _Stopped(KeyboardInterrupt):
-    """A signal asked the lab to end."""
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass
@@ -50,17 +46,12 @@ def run_in_lab(spec: LabSpec, command: Sequence[str]) -> dict[str, Any]:
     """
     words = as_program(command)
     _warn(spec)
-    with _signals_raise(), lab(spec) as it:
+    with _signals_noted() as signals, lab(spec) as it:
         ranks: list[_Rank] = []
         before, began = it.sent(), time.monotonic()
-        try:
-            for host, local in itertools.product(range(spec.num_hosts), range(spec.ranks_per_host)):
-                ranks.append(_start(it, host, local, words))
-            exit_code = _wait(ranks)
-        except KeyboardInterrupt as stop:
-            number = stop.args[0] if isinstance(stop, _Stopped) else signal.SIGINT
-            exit_code = 128 + number
-            print(f"stopped by {signal.Signals(number).name}", file=sys.stderr)
+        for host, local in itertools.product(range(spec.num_hosts), range(spec.ranks_per_host)):
+            ranks.append(_start(it, host, local, words))
+        exit_code = _wait(ranks, signals)
         wall = time.monotonic() - began
         _stop(it, ranks)
         codes = [[rank.exit_code for rank in ranks if rank.host == host] for host in range(spec.num_hosts)]
@@ -136,9 +127,12 @@ def _pass_on(name: str, source: IO[str], target: IO[str]) -> None:
             target.flush()
 
 
-def _wait(ranks: list[_Rank]) -> int:
-    """Waits until all ranks have ended well, or one has not; the exit code."""
+def _wait(ranks: list[_Rank], signals: list[int]) -> int:
+    """Waits until all ranks have ended well, or one has not, or there is a signal; the exit code."""
     while any(rank.exit_code is None for rank in ranks):
+        if signals:
+            print(f"stopped by {signal.Signals(signals[0]).name}", file=sys.stderr)
+            return 128 + signals[0]
         for rank in ranks:
             if rank.exit_code is None and (code := rank.process.poll()) is not None:
                 rank.exit_code = _as_a_shell(code)
@@ -170,15 +164,12 @@ def _stop(it: Lab, ranks: list[_Rank]) -> None:
 
 
 @contextlib.contextmanager
-def _signals_raise() -> Iterator[None]:
-    """Lets the signals that would end this process at once raise, so that the lab is removed."""
-
-    def stop(number: int, frame: object) -> None:
-        raise _Stopped(number)
-
-    old = {number: signal.signal(number, stop) for number in ENDING_SIGNALS}
+def _signals_noted() -> Iterator[list[int]]:
+    """Notes the signals that would end this process, so that they come between two steps of it, and not within one."""
+    noted: list[int] = []
+    old = {number: signal.signal(number, lambda number, _: noted.append(number)) for number in ENDING_SIGNALS}
     try:
-        yield
+        yield noted
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
