@@ -1,13 +1,17 @@
 """An uneven cluster on one machine: hosts with links, CPUs and memory of their own, that are gone when it is over."""
 
 import contextlib
+import itertools
 import json
 import os
+import shlex
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 from armillary.launch import lab_delay, lab_leftovers, lab_machines
 from armillary.launch.lab_leftovers import clean, controllers_here, fails, new_prefix, remove
@@ -71,6 +75,38 @@ class Lab:
             # The addresses of the hosts have no names, of which each rank would warn.
             "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
         }
+
+    def run(self, command: Sequence[str], seconds: float = 600.0) -> list[str]:
+        """Runs a command as all ranks of the lab, and returns what each has printed.
+
+        Raises:
+            RuntimeError: if a rank fails, with what it told; then the others are ended.
+            TimeoutError: if they take longer than `seconds`.
+        """
+        with contextlib.ExitStack() as stack:
+            outputs, errors, ranks = [], [], []
+            stack.callback(self._end)
+            for host, local in itertools.product(range(self.spec.num_hosts), range(self.spec.ranks_per_host)):
+                outputs.append(stack.enter_context(tempfile.TemporaryFile("w+")))
+                errors.append(stack.enter_context(tempfile.TemporaryFile("w+")))
+                added = self.rank_environment(host, local)
+                ranks.append(self.hosts[host].popen(command, added, stdout=outputs[-1], stderr=errors[-1]))
+            deadline = time.monotonic() + seconds
+            codes: list[int | None] = [None]
+            while None in codes:
+                codes = [rank.poll() for rank in ranks]
+                for rank, code in enumerate(codes):
+                    if code:
+                        told = _all_of(errors[rank])
+                        raise RuntimeError(f"rank {rank} of {shlex.join(command)} ended with {code}: {told}")
+                if None in codes and time.monotonic() > deadline:
+                    raise TimeoutError(f"{shlex.join(command)}: still runs after {seconds:g} s")
+                time.sleep(0.005)
+            return [_all_of(output) for output in outputs]
+
+    def _end(self) -> None:
+        for host in self.hosts:
+            lab_machines.end(host.machine)
 
     def sent(self) -> dict[str, tuple[int, int]]:
         """Bytes that the two ends of each link have sent since it was made, by the kernel's own counters."""
@@ -149,6 +185,11 @@ def _end_helper(process: "subprocess.Popen[bytes]") -> None:
     process.stdin.close()
     process.stdout.close()
     process.wait()
+
+
+def _all_of(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read()
 
 
 def _ip(*arguments: str) -> str:

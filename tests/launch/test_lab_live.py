@@ -4,6 +4,7 @@ All of them need root and network namespaces; elsewhere they are skipped, with t
 """
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -123,18 +124,30 @@ def within(part: float, wanted: float) -> Any:
 
 def test_gloo_gets_the_rate_of_the_link_and_the_counters_see_its_bytes():
     with lab(read_spec(2, "100mbit")) as it:
-        before = it.sent()["host0-switch"]
-        ranks = []
-        for number, host in enumerate(it.hosts):
-            words = [sys.executable, "-c", GLOO]
-            ranks.append(host.popen(words, it.rank_environment(number), stdout=subprocess.PIPE, text=True))
-        rate = float(ranks[1].communicate(timeout=60)[0])
-        assert ranks[0].wait() == 0
-        after = it.sent()
-    assert rate == within(0.1, 100)
-    assert after["host0-switch"][0] - before[0] == within(0.03, 8 << 20)
-    assert after["host1-switch"][1] == within(0.03, 8 << 20)
+        rates, sent = [], [it.sent()]
+        for _ in range(2):
+            rates.append(float(it.run([sys.executable, "-c", GLOO])[1]))
+            sent.append(it.sent())
+    assert rates == [within(0.1, 100)] * 2
+    for before, after in itertools.pairwise(sent):
+        assert after["host0-switch"][0] - before["host0-switch"][0] == within(0.03, 8 << 20)
+        assert after["host1-switch"][1] - before["host1-switch"][1] == within(0.03, 8 << 20)
     assert leftovers() == []
+
+
+def test_a_run_of_all_ranks_gives_what_they_print_or_tells_why_it_failed():
+    with lab(read_spec(2, "100mbit", ranks_per_host=2)) as it:
+        assert it.run(["sh", "-c", "echo $RANK $LOCAL_RANK $GROUP_RANK"]) == [
+            "0 0 0\n",
+            "1 1 0\n",
+            "2 0 1\n",
+            "3 1 1\n",
+        ]
+        with pytest.raises(RuntimeError, match=r"rank 2 of sh -c .* ended with 5: so it is\n"):
+            it.run(["sh", "-c", "[ $RANK = 2 ] || sleep 100; echo so it is >&2; exit 5"])
+        with pytest.raises(TimeoutError, match=r"sleep 100: still runs after 0\.1 s"):
+            it.run(["sleep", "100"], seconds=0.1)
+        assert [host.machine.processes() for host in it.hosts] == [[], []]
 
 
 def test_behind_one_port_two_streams_share_it():
