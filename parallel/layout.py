@@ -18,6 +18,7 @@ Sources: zigzag and striped, Brandon et al. 2023 (Striped Attention) and Zhu 202
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -66,7 +67,11 @@ class Layout:
         return tuple(index.shape[1] for index in self.tokens)
 
     def shards(self) -> tuple[Places, ...]:
-        """The places of each rank's tokens."""
+        """The places of each rank's tokens, the same objects at every call: they keep what is derived from them."""
+        return self._shards
+
+    @cached_property
+    def _shards(self) -> tuple[Places, ...]:
         return tuple(
             Places.of(np.take_along_axis(self.positions, index, 1), np.take_along_axis(self.documents, index, 1))
             for index in self.tokens
