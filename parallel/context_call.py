@@ -218,4 +218,6 @@ def _where(held: np.ndarray, wanted: np.ndarray, device: torch.device) -> slice 
         return slice(0, 0)
     if index[-1] - index[0] + 1 == len(index):
         return slice(int(index[0]), int(index[-1]) + 1)
-    return torch.from_numpy(index).to(device)
+    on_host = torch.from_numpy(index)
+    # From pinned memory, so that the host does not wait for the GPU.
+    return on_host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else on_host

@@ -92,7 +92,7 @@ def test_bf16_is_as_good_as_on_one_rank(world, num_ranks):
         assert ours <= 4 * sum(entry[3] for entry in entries), (name, result, entries)
 
 
-def order_of_events(rank: int, strategy: str) -> list[str]:
+def order_of_events(rank: int, strategy: str, causal: bool) -> list[str]:
     events: list[str] = []
     start, wait, tile = exchange.start, exchange.Exchange.wait, attention.forward
 
@@ -109,7 +109,7 @@ def order_of_events(rank: int, strategy: str) -> list[str]:
     attention.forward = noted("tile", tile)
     layout = lay_out(torch.arange(12).view(1, 12).numpy(), None, 3, "contiguous")
     q = torch.randn(1, 4, 2, 4)
-    mask = Mask(causal=False)
+    mask = Mask(causal=causal)
     context_attention(q, q, q, layout.shards(), mask, strategy, group=dist.group.WORLD, ledger=Ledger())
     return events
 
@@ -123,8 +123,15 @@ def order_of_events(rank: int, strategy: str) -> list[str]:
     ],
 )
 def test_transfers_run_while_a_tile_is_computed(world, strategy, expected):
-    for events in world(order_of_events, 3, strategy):
+    for events in world(order_of_events, 3, strategy, False):
         assert events == expected.split()
+
+
+@pytest.mark.parametrize("strategy", ["ring", "token_ring", "all_gather"])
+def test_tiles_that_a_mask_makes_empty_are_skipped(world, strategy):
+    """Contiguous and causal: rank r's queries see the keys of r + 1 ranks. TokenRing computes where the keys are."""
+    tiles = [events.count("tile") for events in world(order_of_events, 3, strategy, True)]
+    assert tiles == ([3, 2, 1] if strategy == "token_ring" else [1, 2, 3])
 
 
 def refusals(rank: int) -> list[str]:
