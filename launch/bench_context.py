@@ -28,7 +28,7 @@ class Regime:
     rate: str
 
 
-REGIMES = {"communication": Regime(512, "100mbit"), "compute": Regime(2048, "400mbit")}
+REGIMES = {"communication": Regime(512, "100mbit"), "compute": Regime(2048, "200mbit")}
 
 
 def measure(
@@ -74,10 +74,16 @@ def measure(
         raise ValueError(why)
     load = os.getloadavg()
     figures, facts = _run(work, spec)
-    rows = rows_of(work, figures, own_links=spec is not None and spec.topology == "mesh")
+    rows = rows_of(work, figures)
     print_rows(work, rows)
     loads = {"before": load, "after": os.getloadavg()}
-    where = {"regime": regime, "ranks": num_ranks, "tokens": work.tokens, "head_dim": work.head_dim}
+    where = {
+        "link": figures[0]["link"],
+        "regime": regime,
+        "ranks": num_ranks,
+        "tokens": work.tokens,
+        "head_dim": work.head_dim,
+    }
     return {**with_facts("context", rows, repetitions), **where, "dtype": str(DTYPE), "load": loads, "lab": facts}
 
 

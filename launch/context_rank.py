@@ -33,6 +33,7 @@ from armillary.parallel.layout import lay_out
 from armillary.parallel.mesh import joined_ranks
 from armillary.parallel.plan import Plan
 from armillary.train.failure import guarded, leave
+from armillary.train.resolve import slowest_link
 
 PASSES = ("forward", "backward")
 WAYS = ("together", "tiles", "wire")
@@ -168,7 +169,8 @@ def main(folder: Path) -> None:
     """Reads `work.json` there, and leaves `figures-RANK.json`."""
     work = read_work(folder / "work.json")
     with joined_ranks(Plan(cp=work.num_ranks), torch.device("cpu")) as ranks:
-        figures = measure(work, ranks.context)
+        link = slowest_link(ranks)
+        figures = {**measure(work, ranks.context), "link": asdict(link)}
         figures["torch"] = torchs_own(work, ranks.context)
         (folder / f"figures-{ranks.rank}.json").write_text(json.dumps(figures))
 

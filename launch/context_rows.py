@@ -7,9 +7,10 @@ took longer than its tiles alone; `hidden` is the rest of what the transfers tak
 import statistics
 from typing import Any
 
+from armillary.comm.link import Link
 from armillary.launch.bench import Row, print_table
 from armillary.launch.context_rank import DTYPE, PASSES, WAYS, Work
-from armillary.parallel.context_choice import Link, Machine, Shape, choose
+from armillary.parallel.context_choice import Machine, Shape, choose
 
 PLAIN = "all_gather"
 """What ratios are taken with."""
@@ -17,7 +18,7 @@ Pair = tuple[str, str]
 """Pass and strategy."""
 
 
-def rows_of(work: Work, figures: list[Any], own_links: bool) -> list[Row]:
+def rows_of(work: Work, figures: list[Any]) -> list[Row]:
     """The rows, from the figures of each rank: what a repetition took is what its slowest rank took."""
     cases: list[dict[Pair, Row]] = []
     for case in range(len(work.heads)):
@@ -25,7 +26,7 @@ def rows_of(work: Work, figures: list[Any], own_links: bool) -> list[Row]:
         cases.append({key: _row(work, figures, case, key) for key in keys})
         for (name, _), row in cases[-1].items():
             row["ratio"] = cases[-1][name, PLAIN]["seconds"] / row["seconds"]
-    link = _link(cases, own_links)
+    link = Link(**figures[0]["link"])
     rows = []
     for number, (heads, found) in enumerate(zip(work.heads, cases, strict=True)):
         rows += [*found.values(), *_chosen(work, heads, found, link), _torchs(heads, figures[0]["torch"][number])]
@@ -58,16 +59,8 @@ def _row(work: Work, figures: list[Any], case: int, key: Pair) -> Row:
     }
 
 
-def _link(cases: list[dict[Pair, Row]], own_links: bool) -> Link:
-    """The link's rate, from the case that sent most: forward in a ring, or the plain gather."""
-    ways = [found.get(("forward", "ring"), found["forward", PLAIN]) for found in cases]
-    most = max(ways, key=lambda row: row["bytes"])
-    at_once = len(most["bytes_by_rank"]) - 1 if own_links and most["strategy"] == PLAIN else 1
-    return Link(max(most["bytes_by_rank"]) / at_once / most["wire_seconds"], own_links=own_links)
-
-
 def _chosen(work: Work, heads: tuple[int, int], found: dict[Pair, Row], link: Link) -> list[Row]:
-    """What `auto` picks, told the rate and the speed that this very run measured: the row of what it picked."""
+    """The rows of what `auto` picks, told the link that the ranks have measured and how fast their tiles are."""
     shape = Shape(work.num_ranks, work.tokens, *heads, work.head_dim, DTYPE.itemsize)
     flops = work.num_ranks * shape.tile(False, 1.0) / found["forward", PLAIN]["tile_seconds"]
     rows = []

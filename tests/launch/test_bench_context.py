@@ -91,6 +91,7 @@ def made_up(together, tiles, wire):
         "bytes": [{"all_gather": [1000, 2000]}],
         "level": 2,
         "torch": [""],
+        "link": {"rate": 1e6, "latency": 0.0, "own_links": False},
     }
 
 
@@ -98,7 +99,7 @@ def test_a_repetition_takes_what_its_slowest_rank_takes_and_the_rest_is_hidden()
     work = Work(2, 8, ((2, 2),), ("all_gather",), 3)
     first = made_up([(5, 9), (9, 9), (7, 9)], [(4, 8)] * 3, [(2, 4)] * 3)
     second = made_up([(6, 9), (3, 9), (8, 9)], [(5, 9)] * 3, [(4, 4)] * 3)
-    forward, backward, *rest = rows_of(work, [first, second], own_links=False)
+    forward, backward, *rest = rows_of(work, [first, second])
     assert (forward["seconds"], forward["tile_seconds"], forward["wire_seconds"]) == (8, 5, 4)
     assert (forward["exposed_seconds"], forward["hidden"], forward["bytes"]) == (3, 0.25, 2000)
     assert (backward["exposed_seconds"], backward["hidden"]) == (0, 1)
