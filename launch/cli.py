@@ -1,5 +1,6 @@
 """The command line: `armillary VERB`. Verbs import what they need when they run, so that --help answers at once."""
 
+import argparse
 import json
 import os
 import sys
@@ -38,16 +39,26 @@ def train(
     output: Json = None,
     debug: Debug = False,
 ) -> None:
-    """Train a model: starts the ranks that the plan needs on this machine."""
-    from armillary.launch.run import train as start
-
+    """Train a model: starts the ranks that the plan needs on this machine, or joins those that torchrun has started."""
     if bool(config) == bool(resume):
         raise ValueError("give either a CONFIG or --resume RUN; for example: armillary train configs/demo.toml")
     if resume and name:
         raise ValueError(f"--name {name}: a resumed run keeps its name; leave --name out")
+    if "RANK" in os.environ:
+        if output:
+            raise ValueError("--json: a rank has no result of its own; read metrics.jsonl in the run's folder")
+        _join(argparse.Namespace(config=config, overrides=overrides, plan=plan, resume=resume, name=name, debug=debug))
+    from armillary.launch.run import train as start
+
     result, exit_code = start(config, overrides, plan, resume, name, debug)
     _write(output, result)
     raise typer.Exit(exit_code)
+
+
+def _join(options: argparse.Namespace) -> NoReturn:
+    from armillary.train.__main__ import run_as_rank
+
+    leave(run_as_rank(options))
 
 
 @app.command()

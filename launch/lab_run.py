@@ -70,11 +70,8 @@ def as_program(command: Sequence[str]) -> list[str]:
         raise ValueError("say what to run on each host, after --, for example: armillary lab --hosts 2 -- hostname")
     if command[0] == "-m" or command[0].endswith(".py"):
         return [sys.executable, *command]
-    if os.path.basename(command[0]) == "armillary" and command[1:2] in (["train"], ["parity"]):
-        raise ValueError(
-            f"armillary {command[1]} starts all of its ranks itself, and would on each host; give what a rank runs: "
-            "-- -m armillary.train CONFIG"
-        )
+    if os.path.basename(command[0]) == "armillary" and command[1:2] == ["parity"]:
+        raise ValueError("armillary parity starts its ranks itself, and would on each host; run it outside a lab")
     if shutil.which(command[0]) is None:
         raise ValueError(f"{command[0]}: there is no such command to run on the hosts")
     return list(command)

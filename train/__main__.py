@@ -31,7 +31,11 @@ def _end_with_parent() -> None:
 
 
 def main() -> int:
-    options = parse_arguments(sys.argv[1:])
+    return run_as_rank(parse_arguments(sys.argv[1:]))
+
+
+def run_as_rank(options: argparse.Namespace) -> int:
+    """Trains as one of the ranks that torchrun, or a lab, has started; returns the exit code."""
     _end_with_parent()
 
     def run() -> None:

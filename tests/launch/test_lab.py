@@ -95,12 +95,11 @@ def test_a_script_or_module_is_run_by_this_python_as_with_torchrun():
 
 def test_a_command_that_cannot_run_is_told(monkeypatch, capsys):
     assert run(monkeypatch, "--", "no-such-command") == 2
-    assert run(monkeypatch, "--", ".venv/bin/armillary", "train", "configs/tiny.toml") == 2
+    assert run(monkeypatch, "--", ".venv/bin/armillary", "parity", "configs/tiny.toml") == 2
     assert run(monkeypatch) == 2
     assert capsys.readouterr().err == (
         "error: no-such-command: there is no such command to run on the hosts\n"
-        "error: armillary train starts all of its ranks itself, and would on each host; give what a rank runs: "
-        "-- -m armillary.train CONFIG\n"
+        "error: armillary parity starts its ranks itself, and would on each host; run it outside a lab\n"
         "error: say what to run on each host, after --, for example: armillary lab --hosts 2 -- hostname\n"
     )
 

@@ -145,6 +145,18 @@ def test_the_same_config_under_torchrun(folder):
     assert losses[0] == losses[1]
 
 
+def test_the_verb_joins_the_ranks_that_torchrun_started(folder):
+    """Two kinds of launcher, one command."""
+    command = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", "--no-python", str(BIN / "armillary")]
+    done = subprocess.run(
+        [*command, "train", "run.toml", "--plan", "cp=2", "--name", "joined"],
+        cwd=folder, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "2 ranks" in done.stdout
+    assert [row for row in metrics(folder, "joined") if "train/loss" in row]
+
+
 def test_torchrun_with_another_number_of_ranks_is_told_once(folder):
     command = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "3", "-m", "armillary.train", "run.toml"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
