@@ -27,7 +27,7 @@ demo: .venv/installed
 	@$(BIN)/armillary train configs/demo.toml
 
 test: .venv/installed-dev
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 # Another version of Triton lies aside, in front of the installed one for this command alone.
 OTHER := $(if $(TRITON),.cache/triton-$(TRITON))
