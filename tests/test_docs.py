@@ -36,6 +36,7 @@ def clone(tmp_path, monkeypatch):
     [
         ("docs/first-run.md", 7),
         ("docs/kernels.md", 4),
+        ("docs/context.md", 3),
         pytest.param("docs/lab.md", 2, marks=[pytest.mark.lab, pytest.mark.skipif(bool(NO_LAB), reason=str(NO_LAB))]),
     ],
 )

@@ -4,11 +4,14 @@ import json
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from armillary.comm.ledger import Ledger
 from armillary.kernels.attention import CAUSAL
 from armillary.launch import bench_context, cli
-from armillary.launch.context_rank import PASSES, WAYS, Work
+from armillary.launch.context_rank import PASSES, WAYS, Case, Work
 from armillary.launch.context_rows import rows_of
+from armillary.launch.context_ways import Tiles, Watched, repeat
 from armillary.launch.lab_permission import why_not
 from armillary.parallel.context import STRATEGIES
 from armillary.parallel.context_bytes import bytes_sent
@@ -81,6 +84,29 @@ def test_a_lab_that_is_not_permitted_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(bench_context, "why_not", lambda spec: "a lab needs root")
     assert armillary(monkeypatch, "--lab", "star") == 2
     assert capsys.readouterr().err == "error: a lab needs root\n"
+
+
+def ways_apart(rank: int) -> list[int]:
+    """Bytes that the ledger shows for tiles alone, together, and together with the transfers once more."""
+    case = Case(Work(2, 8, ((4, 2),), ("ring", "ulysses"), 1), (4, 2), dist.group.WORLD)
+    found = []
+    for name in case.work.strategies:
+        ledger = Ledger()
+        case._both(name, [case.call("x", Tiles, ledger)] * 2)
+        found.append(ledger.bytes())
+        watched = case.call("x", Watched, ledger)
+        case._both(name, [watched, watched])
+        found.append(ledger.bytes())
+        repeat(watched.events)
+        found.append(ledger.bytes())
+    return found
+
+
+def test_tiles_send_nothing_and_the_wire_sends_all_again(world):
+    for alone, once, twice, *others in world(ways_apart, 2):
+        assert alone == others[0] == 0
+        assert twice == 2 * once > 0
+        assert others[2] == 2 * others[1] > 0
 
 
 def made_up(together, tiles, wire):
