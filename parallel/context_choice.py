@@ -5,11 +5,12 @@ tile is computed the next exchange runs, so a step takes the longer of both; wha
 are one duplex port, through which all it sends must pass, or a duplex link of its own to each other rank.
 
 What follows, with H query heads, G key heads, 2-byte numbers, per step and divided by L d: a ring sends 4 G forward and
-12 G backward; TokenRing sends 2 H out and 2 H home forward, 4 H out and 2 H home backward. On links of their own out
-and home go at once: TokenRing's forward step is shorter than the ring's only where H < 2 G, and never shorter than that
-of a ring both ways; behind one port never. Its backward step is shorter for MHA, and on links of their own up to three
-query heads a key head. With grouped queries, today's rule, rings win. A direct all-gather uses all links of a mesh at
-once, but holds the keys of all ranks.
+12 G backward; TokenRing sends 2 H out and 2 H home forward, 4 H out and 2 H home backward. Behind one port TokenRing
+never wins forward, and backward for MHA alone. On links of their own out and home go at once, so its step is shorter
+than a one-way ring's where H < 2 G forward and H < 3 G backward; a ring both ways halves its own, so that forward it is
+a tie at H = G, but for the two steps' queries that TokenRing has under way, over more links than a ring uses. With
+grouped queries, today's rule, rings win. A direct all-gather uses all links of a mesh at once, but holds the keys of
+all ranks.
 """
 
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from functools import lru_cache
 from armillary.comm.link import Link, short
 from armillary.kernels.mask import Mask
 from armillary.parallel.context_call import Heads
+from armillary.parallel.context_token_ring import AHEAD
 from armillary.parallel.context_ulysses import is_shared
 
 
@@ -145,19 +147,31 @@ def ring_seconds(shape: Shape, link: Link, backward: bool, tile: float, ways: in
 
 
 def token_ring_seconds(shape: Shape, link: Link, backward: bool, tile: float) -> float:
-    """In exchange e the queries of step e go out and the results of step e - 2 come home; the last is hidden by
-    nothing."""
+    """Step after step queries arrive, a tile is computed and results go home; nothing hides the last way home.
+
+    Through a port one message passes after the other; on links of their own all go at once, the queries of two steps.
+    """
     out, home = shape.queries, shape.queries + shape.row_numbers
     if backward:
         out, home = 2 * shape.queries + 2 * shape.row_numbers, shape.queries
-    total, size = 0.0, shape.ranks
-    for number in range(1, size + 2):
-        there, back = (out if number < size else 0), (home if number > 2 else 0)
-        # Both go to the same rank where their distances round the ring meet.
-        apart = link.own_links and (2 * number - 2) % size
-        wire = link.seconds(max(there, back) if apart else there + back)
-        total += max(tile if number <= size else 0.0, wire)
-    return total
+    port = 0.0
+
+    def arrival(ready: float, num_bytes: float) -> float:
+        nonlocal port
+        if link.own_links:
+            return ready + link.seconds(num_bytes)
+        port = max(port, ready) + link.seconds(num_bytes)
+        return port
+
+    asked = [arrival(0.0, out) for _ in range(AHEAD)]
+    done, at_home = tile, 0.0
+    for step in range(1, shape.ranks):
+        begin = max(done, asked[step - 1])
+        if step + AHEAD < shape.ranks:
+            asked.append(arrival(begin, out))
+        done = begin + tile
+        at_home = arrival(done, home)
+    return max(done, at_home)
 
 
 def gather_seconds(shape: Shape, link: Link, backward: bool, tile: float) -> float:

@@ -1,7 +1,7 @@
 """TokenRing: queries go out and partial results come home, keys and values never move.
 
-In step s rank r sends the queries that rank r - s needs straight to it and computes for those that came from rank
-r + s; meanwhile the results of the step before go straight home, the other way. Nothing is relayed. Backward is alike:
+In step s rank r computes for the queries that came straight from rank r + s; meanwhile those of later steps go out to
+the ranks before, and the results of the step before go straight home. Nothing is relayed. Backward is alike:
 Q, dO, lse and delta go out, dQ comes home, and dK and dV add up where the keys are, in float32.
 
 Sources: Wang et al. 2024 (TokenRing) for the forward pass, whose queries are relayed from rank to rank; the backward
@@ -31,6 +31,9 @@ from armillary.parallel.context_call import (
 
 Parts = list[tuple[Tensor, int]]
 """Tensors of all of a rank's tokens, each with the dim that counts them."""
+AHEAD = 2
+"""Steps whose queries are under way at once. They come from different ranks: where each pair has a link of its own, two
+arrive in the time of one."""
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Partial:
@@ -84,37 +87,43 @@ def _circulate(
 ) -> None:
     """Every rank's `outgoing` parts to all that hold keys for them, and results, shaped as `home`, back to it.
 
-    In step s: the exchange with the queries of step s + 1 and the results of step s - 1 runs while the results of step
-    s are computed. The owner takes results in the order of the steps.
+    While the results of step s are computed, the queries of the next `AHEAD` steps and the results of step s - 1 are on
+    their way. The owner takes results in the order of the steps.
     """
     rank, size, queries = call.rank, call.size, call.needs.queries
-    parts: list[Tensor] = []
-    results: list[Tensor] = []
-    for step in range(size + 1):
-        ahead, holder, owner = step + 1, (rank - step + 1) % size, (rank + step - 1) % size
-        sends, receives, expected = [], [], 0
-        if ahead < size:
-            towards, source = (rank - ahead) % size, (rank + ahead) % size
-            everything = np.ones(call.own.seq, dtype=bool)
-            sends += [Send(pick(t, dim, everything, queries[rank][towards]), towards) for t, dim in outgoing]
-            receives += [_receive(part, queries[source][rank], source) for part in outgoing]
-            expected = len(receives)
-        if step >= 2:
-            sends += [Send(tensor, owner) for tensor in results]
-            receives += [_receive(part, queries[rank][holder], holder) for part in home]
-        flight: Exchange = call.start(sends, receives, outgoing[0][0], tag=step)
-        results = []
-        if step == 0:
-            own()
-        elif step < size:
-            asking = (rank + step) % size
-            wanted = queries[asking][rank]
-            if wanted.any():
-                results = compute(parts, call.shards[asking].picked(wanted))
-        received = flight.wait()
-        parts, returned = received[:expected], received[expected:]
-        if returned and queries[rank][holder].any():
-            absorb(queries[rank][holder], returned)
+    everything = np.ones(call.own.seq, dtype=bool)
+    asked: dict[int, Exchange] = {}
+    coming_home: dict[int, Exchange] = {}
+
+    def ask(step: int) -> None:
+        if step < size:
+            holder, owner = (rank - step) % size, (rank + step) % size
+            sends = [Send(pick(t, dim, everything, queries[rank][holder]), holder) for t, dim in outgoing]
+            receives = [_receive(part, queries[owner][rank], owner) for part in outgoing]
+            asked[step] = call.start(sends, receives, outgoing[0][0], tag=2 * step)
+
+    def take(step: int) -> None:
+        wanted = queries[rank][(rank - step) % size]
+        results = coming_home.pop(step).wait()
+        if wanted.any():
+            absorb(wanted, results)
+
+    for step in range(1, AHEAD + 1):
+        ask(step)
+    own()
+    for step in range(1, size):
+        parts = asked.pop(step).wait()
+        ask(step + AHEAD)
+        holder, owner = (rank - step) % size, (rank + step) % size
+        wanted = queries[owner][rank]
+        results = compute(parts, call.shards[owner].picked(wanted)) if wanted.any() else []
+        sends = [Send(tensor, owner) for tensor in results]
+        receives = [_receive(part, queries[rank][holder], holder) for part in home]
+        coming_home[step] = call.start(sends, receives, outgoing[0][0], tag=2 * step + 1)
+        if step > 1:
+            take(step - 1)
+    if size > 1:
+        take(size - 1)
 
 
 def _receive(part: tuple[Tensor, int], tokens: np.ndarray, source: int) -> Receive:

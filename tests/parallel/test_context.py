@@ -118,7 +118,7 @@ def order_of_events(rank: int, strategy: str, causal: bool) -> list[str]:
     ("strategy", "expected"),
     [
         ("ring", "start tile wait start tile wait tile"),
-        ("token_ring", "start tile wait start tile wait start tile wait start wait"),
+        ("token_ring", "start start tile wait tile start wait tile start wait wait"),
         ("all_gather", "start start tile wait tile wait tile"),
     ],
 )
