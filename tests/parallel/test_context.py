@@ -166,14 +166,6 @@ def test_what_does_not_fit_is_refused(world):
         assert all(part in message for part, message in zip(expected, messages, strict=True)), messages
 
 
-def module(rank: int) -> bool:
-    layout = lay_out(torch.arange(7).view(1, 7).numpy(), None, 2, "zigzag")
-    q, k, v = torch.randn(3, 1, 7, 4, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    core = ContextCore(("ring", "token_ring"), group=dist.group.WORLD, ledger=Ledger())
-    got = core(*(layout.take(tensor, rank) for tensor in (q, k, v)), layout.places(rank))
-    return torch.allclose(got, layout.take(attention.attention(q, k, v).out, rank), atol=1e-12)
-
-
 def chosen(rank: int) -> tuple[list[str], bool]:
     """One head on four ranks with one port each: nothing for Ulysses to share out, no room to gather."""
     layout, ledger = lay_out(torch.arange(11).view(1, 11).numpy(), None, 4, "zigzag"), Ledger()
@@ -194,5 +186,26 @@ def test_auto_chooses_for_each_pass(world):
         assert as_counted
 
 
+def module(rank: int) -> list[bool]:
+    """Two groups of three ranks, whose numbers in the group are not those in the world."""
+    group = [dist.new_group(ranks) for ranks in ([0, 2, 4], [1, 3, 5])][rank % 2]
+    place, found = group.rank(), []
+    generator = torch.Generator().manual_seed(rank % 2)
+    layout = lay_out(torch.arange(7).view(1, 7).numpy(), None, 3, "zigzag")
+    q, k, v = torch.randn(3, 1, 7, 4, 2, generator=generator, dtype=torch.float64)
+    q.requires_grad_()
+    truth = attention.attention(q, k, v).out
+    (gradient,) = torch.autograd.grad(truth.sum(), q, retain_graph=True)
+    for name in STRATEGIES:
+        core = ContextCore((name, "token_ring"), group=group, ledger=Ledger())
+        mine = [layout.take(tensor, place) for tensor in (q, k, v)]
+        got = core(*mine, layout.places(place))
+        (d_q,) = torch.autograd.grad(got.sum(), mine[0])
+        pairs = (got, layout.take(truth, place)), (d_q, layout.take(gradient, place))
+        found += [torch.allclose(one, other, atol=1e-12) for one, other in pairs]
+    return found
+
+
 def test_a_module_in_the_place_of_the_models_own(world):
-    assert world(module, 2) == [True, True]
+    for found in world(module, 6):
+        assert found == [True] * 2 * len(STRATEGIES)
