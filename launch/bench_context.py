@@ -72,7 +72,8 @@ def measure(
     )
     if spec and (why := why_not(spec)):
         raise ValueError(why)
-    load = os.getloadavg()
+    # Before the run, so that the commit is the one that runs.
+    run_facts, load = with_facts("context", [], repetitions), os.getloadavg()
     figures, facts = _run(work, spec)
     rows = rows_of(work, figures)
     print_rows(work, rows)
@@ -84,7 +85,7 @@ def measure(
         "tokens": work.tokens,
         "head_dim": work.head_dim,
     }
-    return {**with_facts("context", rows, repetitions), **where, "dtype": str(DTYPE), "load": loads, "lab": facts}
+    return {**run_facts, "rows": rows, **where, "dtype": str(DTYPE), "load": loads, "lab": facts}
 
 
 def _check_where(lab: str, ranks: int | None, hosts: int | None, rate: str, cpus: str) -> None:

@@ -84,7 +84,7 @@ class Case:
         if way == "wire":
             return [self._timed(partial(repeat, events))[0] for events in self.events[name]]
         kind = Tiles if way == "tiles" else Call
-        return self._both(name, [self.call(purpose, kind) for purpose in PASSES])
+        return self.both(name, [self.call(purpose, kind) for purpose in PASSES])
 
     def sent(self) -> dict[str, list[int]]:
         """Bytes that this rank sends, forward and backward, by the formula, which the ledger has been held against."""
@@ -93,7 +93,7 @@ class Case:
     def _watch(self, name: str) -> list[list[Any]]:
         ledger = Ledger()
         calls = [self.call(purpose, Watched, ledger) for purpose in PASSES]
-        self._both(name, calls)
+        self.both(name, calls)
         for index, purpose in enumerate(PASSES):
             want = self._formula(name, index)
             assert ledger.bytes(purpose) == want, f"{name} {purpose}: {ledger.bytes(purpose)} bytes sent, not {want}"
@@ -104,7 +104,8 @@ class Case:
         sizes: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "head_dim": self.work.head_dim, "dtype": DTYPE}
         return bytes_sent(name, index == 1, self.shards, CAUSAL, level=self.level, **sizes)[self.group.rank()]
 
-    def _both(self, name: str, calls: list[Call]) -> list[float]:
+    def both(self, name: str, calls: list[Call]) -> list[float]:
+        """Seconds of this rank's two passes, with a call for each."""
         way = strategy_of(name, self.work.num_ranks, self.level)
         q, k, v = self.q, self.k, self.v
         there, (out, lse) = self._timed(lambda: way.forward(q, k, v, calls[0]))

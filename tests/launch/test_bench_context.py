@@ -92,10 +92,10 @@ def ways_apart(rank: int) -> list[int]:
     found = []
     for name in case.work.strategies:
         ledger = Ledger()
-        case._both(name, [case.call("x", Tiles, ledger)] * 2)
+        case.both(name, [case.call("x", Tiles, ledger)] * 2)
         found.append(ledger.bytes())
         watched = case.call("x", Watched, ledger)
-        case._both(name, [watched, watched])
+        case.both(name, [watched, watched])
         found.append(ledger.bytes())
         repeat(watched.events)
         found.append(ledger.bytes())
