@@ -65,7 +65,7 @@ def test_exact_on_any_number_of_ranks(world, num_ranks):
     assert not wrong, "\n".join(wrong[:10])
 
 
-BF16 = Case(("ring", "ring"), "zigzag", Mask(), (4, 2), 203, "packed", "ring", head_dim=16)
+BF16 = Case(("ring", "ring"), "striped", Mask(), (4, 2), 203, "one", "ring", head_dim=16)
 
 
 def bf16_errors(rank: int, num_ranks: int) -> list[tuple[str, str, float, float]]:
@@ -86,10 +86,12 @@ def bf16_errors(rank: int, num_ranks: int) -> list[tuple[str, str, float, float]
 
 @pytest.mark.parametrize("num_ranks", [2, 8])
 def test_bf16_is_as_good_as_on_one_rank(world, num_ranks):
-    """At most twice the error of one rank; partial results are rounded once, so it does not grow with the ranks."""
+    """The error of one rank, whatever the number of ranks: sums are float32 until the end. TokenRing rounds what goes
+    home once more; lse is float32 everywhere, where the order of sums shows."""
     for entries in zip(*world(bf16_errors, num_ranks, num_ranks), strict=True):
-        (name, result, _, _), ours = entries[0], sum(entry[2] for entry in entries)
-        assert ours <= 4 * sum(entry[3] for entry in entries), (name, result, entries)
+        name, result = entries[0][:2]
+        ours, alone = (sum(entry[column] for entry in entries) ** 0.5 for column in (2, 3))
+        assert ours <= (1.5 if name == "token_ring" or result == "lse" else 1.05) * alone, (name, result, ours / alone)
 
 
 def order_of_events(rank: int, strategy: str, causal: bool) -> list[str]:
