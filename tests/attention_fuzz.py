@@ -97,9 +97,10 @@ def gradients(call: Any, inputs: list[Tensor], d_out: Tensor, tile: Tile) -> lis
     return list(torch.autograd.grad(out, leaves, d_out.to(out.dtype)))
 
 
-def assert_close(name: str, got: Tensor, truth: Tensor, peer: Tensor, grain: float) -> None:
-    """The rule of this file; `peer` is plain torch's, `grain` a rounding of the largest number on the way."""
-    dtype, got, peer = peer.dtype, got.double(), peer.double()
+def assert_close(name: str, got: Tensor, truth: Tensor, peer: Tensor, dtype: torch.dtype, grain: float) -> None:
+    """The rule of this file; `peer` is plain torch's on inputs of `dtype`, `grain` a rounding of the largest number on
+    the way."""
+    got, peer = got.double(), peer.double()
     assert got.isfinite().all(), f"{name} is not finite"
     if not got.numel():
         return
@@ -164,7 +165,7 @@ def check(case: Case, dtype: torch.dtype, module: Any) -> None:
     peer_out, _ = folded(case, plain(*inputs, tile))
     highest = [float(t.abs().max()) if t.numel() else 0.0 for t in (*inputs, d_out)]
     eps = 4 * 2.0**-24
-    assert_close("out", out, truth_out, peer_out, eps * highest[2] * case.head_dim)
+    assert_close("out", out, truth_out, peer_out, dtype, eps * highest[2] * case.head_dim)
     blind = truth_lse == -math.inf
     assert torch.equal(lse == -math.inf, blind), "a row that sees nothing has log-sum-exp -inf, and only such a row"
     assert ((lse - truth_lse).masked_fill(blind, 0).abs() <= 1e-5 * truth_lse.abs().clamp(min=1)).all(), "lse"
@@ -173,4 +174,4 @@ def check(case: Case, dtype: torch.dtype, module: Any) -> None:
     peers = gradients(plain, inputs, d_out, tile)
     slope = eps * case.head_dim * highest[3] * max(1.0, highest[2] * max(highest[:2]) * tile.scale)
     for name, got, truth, peer in zip("qkv", grads, truths, peers, strict=True):
-        assert_close(f"d{name}", got, truth, peer, slope)
+        assert_close(f"d{name}", got, truth, peer, dtype, slope)
