@@ -181,6 +181,20 @@ def tile_backward(
         )
 
 
+def own_backward(inputs: tuple[Tensor, ...], call: Call, total: Gradients, *, last: bool) -> None:
+    """Adds the gradients of a part of this rank's own tile: its later keys, first of all, while others' keys come; its
+    earlier ones, `last`, while the last sums or results go home. Of one rank's tile there is one part."""
+    d_out, q, k, v, lse, delta = inputs
+    assert total.k is not None
+    assert total.v is not None
+    tokens, middle = np.arange(call.own.seq), call.own.seq // 2 if call.size > 1 else 0
+    part = slice(0, middle) if last else slice(middle, None)
+    places = call.own.picked((tokens < middle) == last)
+    if places.seq:
+        into = Gradients(total.q, total.k[:, part], total.v[:, part])
+        tile_backward((d_out, q, k[:, part], v[:, part], lse, delta), call, call.own, places, call.heads, into)
+
+
 def _tile(call: Call, queries: Places, keys: Places, heads: Heads) -> Tile:
     return Tile(queries, keys, call.mask, call.scale, call.first_head + heads.kv_first)
 

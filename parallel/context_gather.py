@@ -12,7 +12,16 @@ from torch import Tensor
 
 from armillary.comm.exchange import Exchange, Receive, Send
 from armillary.kernels.attention import Gradients, Partial
-from armillary.parallel.context_call import Call, add, empty_gradients, pick, tile_backward, tile_forward, wide
+from armillary.parallel.context_call import (
+    Call,
+    add,
+    empty_gradients,
+    own_backward,
+    pick,
+    tile_backward,
+    tile_forward,
+    wide,
+)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Partial:
@@ -31,7 +40,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Partial:
 def backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, call: Call) -> Gradients:
     total = empty_gradients(q, k, v)
     coming = _gather(k, v, call)
-    tile_backward((d_out, q, k, v, lse, delta), call, call.own, call.own, call.heads, total)
+    own_backward((d_out, q, k, v, lse, delta), call, total, last=False)
     going = []
     for distance, flight in enumerate(coming, start=1):
         (both,) = flight.wait()
@@ -43,6 +52,7 @@ def backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta:
             tile_backward(inputs, call, call.own, places, call.heads, Gradients(total.q, new[0], new[1]))
         shape = (2, k.shape[0], int(call.needs.keys[asking][call.rank].sum()), *k.shape[2:])
         going.append(call.start([Send(new, owner)], [Receive(shape, new.dtype, asking)], k, tag=call.size + distance))
+    own_backward((d_out, q, k, v, lse, delta), call, total, last=True)
     return _summed(total, going, call)
 
 

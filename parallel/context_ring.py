@@ -23,6 +23,7 @@ from armillary.parallel.context_call import (
     Heads,
     add,
     empty_gradients,
+    own_backward,
     pick,
     tile_backward,
     tile_forward,
@@ -151,7 +152,7 @@ def _backward(inputs: tuple[Tensor, ...], call: Call, lanes: tuple[Lane, ...]) -
     for distance in range(call.size):
         coming = _pass_on(chunks, call, lanes, distance)
         if distance == 0:
-            tile_backward(inputs, call, call.own, call.own, call.heads, total)
+            own_backward(inputs, call, total, last=False)
         else:
             new = [
                 _gradients(inputs, chunk, call, lane, distance, total)
@@ -159,6 +160,7 @@ def _backward(inputs: tuple[Tensor, ...], call: Call, lanes: tuple[Lane, ...]) -
             ]
             sums.pass_on(new, distance)
         chunks = coming.wait()
+    own_backward(inputs, call, total, last=True)
     for lane, home in zip(lanes, sums.came_home(), strict=True):
         if home is not None:
             _, theirs = lane.heads.within(call.heads)

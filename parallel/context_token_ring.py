@@ -22,6 +22,7 @@ from armillary.parallel.context_call import (
     Call,
     add,
     empty_gradients,
+    own_backward,
     pick,
     put,
     tile_backward,
@@ -42,9 +43,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Partial:
     def compute(parts: list[Tensor], places: Places) -> list[Tensor]:
         return list(tile_forward(parts[0], k, v, call, places, call.own, call.heads))
 
-    def own() -> None:
+    def own(last: bool) -> None:
         nonlocal result
-        result = tile_forward(q, k, v, call, call.own, call.own, call.heads, dtype=wide(q.dtype))
+        if not last:
+            result = tile_forward(q, k, v, call, call.own, call.own, call.heads, dtype=wide(q.dtype))
 
     def absorb(tokens: np.ndarray, parts: list[Tensor]) -> None:
         assert result is not None
@@ -66,8 +68,8 @@ def backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta:
         tile_backward(inputs, call, places, call.own, call.heads, total._replace(q=d_q))
         return [d_q.to(q.dtype)]
 
-    def own() -> None:
-        tile_backward((d_out, q, k, v, lse, delta), call, call.own, call.own, call.heads, total)
+    def own(last: bool) -> None:
+        own_backward((d_out, q, k, v, lse, delta), call, total, last=last)
 
     def absorb(tokens: np.ndarray, parts: list[Tensor]) -> None:
         assert total.q is not None
@@ -81,14 +83,15 @@ def _circulate(
     call: Call,
     outgoing: Parts,
     home: Parts,
-    own: Callable[[], None],
+    own: Callable[[bool], None],
     compute: Callable[[list[Tensor], Places], list[Tensor]],
     absorb: Callable[[np.ndarray, list[Tensor]], None],
 ) -> None:
     """Every rank's `outgoing` parts to all that hold keys for them, and results, shaped as `home`, back to it.
 
     While the results of step s are computed, the queries of the next `AHEAD` steps and the results of step s - 1 are on
-    their way. The owner takes results in the order of the steps.
+    their way. The owner takes results in the order of the steps. `own` is called first, with False, and with True while
+    the last results are on their way.
     """
     rank, size, queries = call.rank, call.size, call.needs.queries
     everything = np.ones(call.own.seq, dtype=bool)
@@ -110,7 +113,7 @@ def _circulate(
 
     for step in range(1, AHEAD + 1):
         ask(step)
-    own()
+    own(False)
     for step in range(1, size):
         parts = asked.pop(step).wait()
         ask(step + AHEAD)
@@ -122,6 +125,7 @@ def _circulate(
         coming_home[step] = call.start(sends, receives, outgoing[0][0], tag=2 * step + 1)
         if step > 1:
             take(step - 1)
+    own(True)
     if size > 1:
         take(size - 1)
 

@@ -94,9 +94,9 @@ def test_bf16_is_as_good_as_on_one_rank(world, num_ranks):
         assert ours <= (1.5 if name == "token_ring" or result == "lse" else 1.05) * alone, (name, result, ours / alone)
 
 
-def order_of_events(rank: int, strategy: str, causal: bool) -> list[str]:
+def order_of_events(rank: int, strategy: str, causal: bool, backward: bool = False) -> list[str]:
     events: list[str] = []
-    start, wait, tile = exchange.start, exchange.Exchange.wait, attention.forward
+    start, wait, tiles = exchange.start, exchange.Exchange.wait, (attention.forward, attention.backward)
 
     def noted(name, function, among=lambda *_, **__: True):
         def call(*args, **options):
@@ -108,11 +108,14 @@ def order_of_events(rank: int, strategy: str, causal: bool) -> list[str]:
 
     exchange.start = noted("start", start, lambda sends, receives: bool(sends or receives))
     exchange.Exchange.wait = noted("wait", wait, lambda flight: bool(flight._works))
-    attention.forward = noted("tile", tile)
+    attention.forward, attention.backward = (noted("tile", tile) for tile in tiles)
     layout = lay_out(torch.arange(12).view(1, 12).numpy(), None, 3, "contiguous")
-    q = torch.randn(1, 4, 2, 4)
+    q = torch.randn(1, 4, 2, 4, requires_grad=True)
     mask = Mask(causal=causal)
-    context_attention(q, q, q, layout.shards(), mask, strategy, group=dist.group.WORLD, ledger=Ledger())
+    result = context_attention(q, q, q, layout.shards(), mask, strategy, group=dist.group.WORLD, ledger=Ledger())
+    if backward:
+        events.clear()
+        result.out.sum().backward()
     return events
 
 
@@ -127,6 +130,15 @@ def order_of_events(rank: int, strategy: str, causal: bool) -> list[str]:
 def test_transfers_run_while_a_tile_is_computed(world, strategy, expected):
     for events in world(order_of_events, 3, strategy, False):
         assert events == expected.split()
+
+
+@pytest.mark.parametrize("strategy", ["ring", "bidirectional_ring", "token_ring", "all_gather"])
+def test_the_first_keys_come_and_the_last_gradients_go_home_while_a_tile_is_computed(world, strategy):
+    for events in world(order_of_events, 3, strategy, False, True):
+        assert "tile" in events[: events.index("wait")]
+        last_start = len(events) - events[::-1].index("start")
+        assert "tile" in events[last_start:]
+        assert events[-1] == "wait"
 
 
 @pytest.mark.parametrize("strategy", ["ring", "token_ring", "all_gather"])
