@@ -30,10 +30,8 @@ def resolve(config: RunConfig, ranks: Ranks) -> tuple[RunConfig, list[str]]:
     """The config with a strategy in place of `auto`, and a sentence for each that was chosen; the same on all ranks."""
     plan = config.plan
     names: list[Any] = [plan.context, plan.context_backward or plan.context]
-    if "auto" not in names:
+    if plan.cp == 1 or "auto" not in names:
         return config, []
-    if plan.cp == 1:
-        return replace(config, plan=replace(plan, context="ring", context_backward="")), []
     shape = shape_of(config)
     machine = Machine(slowest_link(ranks), flops_of(config, shape, ranks))
     notes = []

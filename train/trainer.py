@@ -52,12 +52,13 @@ class Trainer:
     def __init__(self, config: RunConfig, ranks: Ranks, folder: RunFolder, dataset: Dataset, attempt: str) -> None:
         """
         Args:
-            config: the resolved config.
+            config: the resolved config; what its plan leaves to be measured is decided here, and written to the folder.
             ranks: the mesh of its plan.
             folder: where the run lives.
             dataset: prepared from `config.data`.
             attempt: a name for this start of the run, the same on all ranks and unlike that of any other start.
         """
+        config, self.choices = resolve(config, ranks)
         self.config, self.ranks, self.folder, self.dataset = config, ranks, folder, dataset
         torch.manual_seed(config.model.seed)
         self.model = build_model(config, ranks)
@@ -83,6 +84,8 @@ class Trainer:
 
     def begin(self) -> None:
         """Goes back to the newest sound checkpoint, if there is one."""
+        for choice in self.choices:
+            self.observer.note(choice)
         facts = self.restore()
         if facts is not None:
             self.guard.restore(facts["guard"])
@@ -218,13 +221,10 @@ def run_rank(options: argparse.Namespace) -> None:
         _check_same_everywhere(config, dataset, ranks)
         folder = _agreed_folder(config, options, dataset, ranks)
         lock = _take(folder, ranks)  # noqa: F841 (held until the process ends)
-        config, choices = resolve(config, ranks)
         trainer = Trainer(config, ranks, folder, dataset, ranks.agree(secrets.token_hex(4)))
         ending: Ending = "failed"
         message = ""
         try:
-            for choice in choices:
-                trainer.observer.note(choice)
             trainer.run()
             ending = "finished"
         except KeyboardInterrupt:

@@ -37,7 +37,7 @@ def test_what_is_named_is_kept(world, tmp_path):
 
 
 def test_one_rank_has_nothing_to_choose(world, tmp_path):
-    assert world(resolved, 1, tmp_path, [])[0] == ("ring", "", [])
+    assert world(resolved, 1, tmp_path, [])[0] == ("auto", "", [])
 
 
 def test_the_shape_is_that_of_a_micro_batch():
