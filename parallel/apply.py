@@ -17,7 +17,7 @@ def apply(model: nn.Module, plan: Plan, partition: Partition, ranks: Ranks, comp
     to cast: there it would only copy. Afterwards the caller allocates (`model.to_empty`) and fills the weights
     (`parallel.partition.place`).
     """
-    blocks: nn.ModuleList = model.blocks  # type: ignore[assignment]
+    blocks: list[nn.Module] = list(model.blocks.values())  # type: ignore[operator]
     if plan.cp > 1:
         passes = (plan.context, plan.context_backward or plan.context)
         for block in blocks:

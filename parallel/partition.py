@@ -1,5 +1,6 @@
 """Weights, gradients and optimizer state sharded over the data-parallel ranks: FSDP2, with counted collectives."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ class _ReduceScatter:
 
 def shard(
     model: nn.Module,
-    blocks: nn.ModuleList,
+    blocks: Iterable[nn.Module],
     partition: Partition,
     *,
     mesh: DeviceMesh,

@@ -1,16 +1,21 @@
 """The model: a decoder-only transformer of the Llama family, which knows nothing of ranks.
 
-Shapes: tokens, labels (batch, seq); hidden (batch, seq, dim); queries (batch, seq, heads,
-head_dim), keys and values (batch, seq, kv_heads, head_dim).
+Shapes: tokens, labels (batch, seq); hidden (batch, seq, dim); queries (batch, seq, heads, head_dim), keys and values
+(batch, seq, kv_heads, head_dim).
+
+Seams are modules without parameters that do nothing here, where a plan may put communication: `enter` and `leave`
+around the projections of attention and feed-forward, `core` between them, `head` at the end.
 """
 
 import dataclasses
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from armillary.kernels.attention import attention
 from armillary.kernels.cross_entropy import IGNORE, linear_cross_entropy
@@ -33,6 +38,11 @@ class Shared:
     def __init__(self, places: Places, cos: Tensor, sin: Tensor) -> None:
         self.places, self.cos, self.sin = places, cos, sin
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and tokens a row."""
+        return self.places.batch, self.places.seq
+
 
 class RMSNorm(nn.Module):
     """See kernels/norm.py. Given a residual too, returns the norm of the sum, and the sum."""
@@ -48,6 +58,20 @@ class RMSNorm(nn.Module):
         return add_rms_norm(x, residual, self.weight, self.eps)
 
 
+class Enter(nn.Module):
+    """The seam before projections: from hidden as the residual stream has it to hidden of the `grid` (batch, seq)."""
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        return x
+
+
+class Leave(nn.Module):
+    """The seam after projections: the reverse of `Enter`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
 class Core(nn.Module):
     """The seam: attention over keys that are all here. A plan may put its own module in this one's place.
 
@@ -56,6 +80,13 @@ class Core(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, places: Places) -> Tensor:
         return attention(q, k, v, places).out
+
+
+class Head(nn.Module):
+    """The seam at the end: from hidden, the output matrix (vocab, dim) and labels to logits or the loss's sum."""
+
+    def forward(self, x: Tensor, weight: Tensor, labels: Tensor | None, grid: tuple[int, int]) -> Tensor:
+        return F.linear(x, weight) if labels is None else linear_cross_entropy(x, weight, labels)
 
 
 class Attention(nn.Module):
@@ -71,13 +102,16 @@ class Attention(nn.Module):
         self.output = nn.Linear(width, config.dim, bias=False)
         self.query_norm = RMSNorm(config.head_size, config.norm_eps) if config.qk_norm else nn.Identity()
         self.key_norm = RMSNorm(config.head_size, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.enter: nn.Module = Enter()
         self.core: nn.Module = Core()
+        self.leave: nn.Module = Leave()
 
     def forward(self, x: Tensor, shared: Shared) -> Tensor:
+        x = self.enter(x, shared.grid)
         # The number of heads follows from the projections, which a plan may have divided.
         q, k, v = (part(x).unflatten(-1, (-1, self.head_dim)) for part in (self.query, self.key, self.value))
         q, k = rotate_qk(self.query_norm(q), self.key_norm(k), shared.cos, shared.sin)
-        return self.output(self.core(q, k, v, shared.places).flatten(-2))
+        return self.leave(self.output(self.core(q, k, v, shared.places).flatten(-2)))
 
 
 class FeedForward(nn.Module):
@@ -88,13 +122,20 @@ class FeedForward(nn.Module):
         self.gate = nn.Linear(config.dim, config.hidden, bias=False)
         self.up = nn.Linear(config.dim, config.hidden, bias=False)
         self.down = nn.Linear(config.hidden, config.dim, bias=False)
+        self.enter: nn.Module = Enter()
+        self.leave: nn.Module = Leave()
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(swiglu(self.gate(x), self.up(x)))
+    def forward(self, x: Tensor, shared: Shared) -> Tensor:
+        x = self.enter(x, shared.grid)
+        return self.leave(self.down(swiglu(self.gate(x), self.up(x))))
 
 
 class Block(nn.Module):
-    """One layer: attention, then feed-forward, each on the normalised stream and added back to it."""
+    """One layer: attention, then feed-forward, each on the normalised stream and added back to it.
+
+    `recompute` says what of the forward pass is not kept for backward, but computed again there: nothing; the
+    feed-forward half, which holds most of the memory and no attention ("selective"); all but the input ("full").
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -102,49 +143,72 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn = FeedForward(config)
+        self.recompute = "none"
 
     def forward(self, x: Tensor, shared: Shared) -> Tensor:
+        if self.recompute == "full":
+            return again(self._layer, x, shared)
+        return self._layer(x, shared)
+
+    def _layer(self, x: Tensor, shared: Shared) -> Tensor:
         attended = self.attention(self.attention_norm(x), shared)
+        if self.recompute == "selective":
+            return again(self._feed_forward, attended, x, shared)
+        return self._feed_forward(attended, x, shared)
+
+    def _feed_forward(self, attended: Tensor, x: Tensor, shared: Shared) -> Tensor:
         normed, x = self.ffn_norm(attended, residual=x)
-        return x + self.ffn(normed)
+        return x + self.ffn(normed, shared)
+
+
+def again(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """`function(*inputs)`, of which only the inputs are kept for backward, where it is computed again."""
+    # No layer draws random numbers, so there is no state of a generator to keep.
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 class Transformer(nn.Module):
-    """The whole model. It keeps no buffers, so it may be built on the meta device, allocated, then initialised.
+    """The whole model, or after a plan has cut it the stretch of layers of one pipeline stage.
 
-    `output` is None when the embedding's own matrix projects to the vocabulary: one parameter with one name, which
-    neither allocation nor a checkpoint can split in two.
+    It keeps no buffers, so it may be built on the meta device, allocated, then initialised. `output` is None when the
+    embedding's own matrix projects to the vocabulary: one parameter with one name, which neither allocation nor a
+    checkpoint can split in two. Blocks are called by their number in the whole model.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.dim)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.begins = self.ends = True
+        self.embedding: nn.Module = nn.Embedding(config.vocab_size, config.dim)
+        self.blocks = nn.ModuleDict({str(number): Block(config) for number in range(config.num_layers)})
+        self.norm: nn.Module = RMSNorm(config.dim, config.norm_eps)
         self.output = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.head: nn.Module = Head()
 
-    def forward(self, tokens: Tensor, places: Places | None = None, labels: Tensor | None = None) -> Tensor:
-        """Logits of the next token, or the loss over `labels`.
+    def forward(self, x: Tensor, places: Places | None = None, labels: Tensor | None = None) -> Tensor:
+        """Logits of the next token, or the loss over `labels`; of a stage that is not the last, hidden.
 
         Args:
-            tokens: ids (batch, seq).
+            x: token ids (batch, seq); hidden as the stage before gave it if the model does not begin here.
             places: document of each token, which attention never crosses, and position in it; in any order. None for
-                one document a row, in order.
+                one document a row, in order, of a model that begins here.
             labels: the token to predict at each place, or IGNORE.
 
         Returns:
             Without labels the logits (batch, seq, vocab); with labels the SUM of the cross entropy over labelled
             tokens, 0-d, float32 (float64 for a float64 model).
         """
-        x = self.embedding(tokens)
-        shared = self._shared(x, Places.in_order(*tokens.shape) if places is None else places)
-        for block in self.blocks:
+        places = Places.in_order(*x.shape) if places is None else places
+        if self.begins:
+            x = self.embedding(x)
+        shared = self._shared(x, places)
+        for block in self.blocks.values():
             x = block(x, shared)
-        x = self.norm(x)
+        if not self.ends:
+            return x
         # Read here, inside the root's forward pass, where FSDP has gathered the root's own parameters.
         weight = self.embedding.weight if self.output is None else self.output.weight
-        return F.linear(x, weight) if labels is None else linear_cross_entropy(x, weight, labels)
+        return self.head(self.norm(x), weight, labels, shared.grid)
 
     def _shared(self, x: Tensor, places: Places) -> Shared:
         scaling = self.config.rope_scaling

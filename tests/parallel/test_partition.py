@@ -52,7 +52,7 @@ def predicted_bytes(model: Transformer, num_ranks: int, num_micro_batches: int, 
         rows = [(-(-p.shape[0] // num_ranks), p[0].numel()) for p in module.parameters()]
         return sum(count * width for count, width in rows) * 8 * (num_ranks - 1)
 
-    blocks = sum(padded(block) for block in model.blocks)
+    blocks = sum(padded(block) for block in model.blocks.values())
     root = padded(torch.nn.ModuleList([model.embedding, model.norm]))
     # A block is gathered in each forward and, if it did not stay, again in each backward; the root always stays.
     return ((2 if weights == "all" else 1) * blocks + root) * num_micro_batches, blocks + root

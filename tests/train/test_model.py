@@ -294,7 +294,7 @@ def test_the_attention_core_is_replaceable() -> None:
 
     model, tokens = build(), ids(2, 6)
     before = model(tokens)
-    for block in model.blocks:
+    for block in model.blocks.values():
         block.get_submodule("attention").core = WrittenOut()
     torch.testing.assert_close(model(tokens), before, rtol=0, atol=1e-12)
 
@@ -321,7 +321,7 @@ def sharded(rank: int, compute: str, changes: dict[str, Any]) -> tuple[float, di
         model = Transformer(ModelConfig(**(TINY | changes)))
     mesh = init_device_mesh("cpu", (2,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for part in (*model.blocks, model):
+    for part in (*model.blocks.values(), model):
         fully_shard(part, mesh=mesh, mp_policy=policy)
     model.to_empty(device="cpu")
     initialise(model, 3, lambda p, full: p.copy_(distribute_tensor(full, p.device_mesh, p.placements)))  # type: ignore
@@ -331,7 +331,7 @@ def sharded(rank: int, compute: str, changes: dict[str, Any]) -> tuple[float, di
         x, shared = args
         seen[:] = [str(t.dtype) for t in (x, block.get_parameter("attention_norm.weight"), shared.cos, shared.sin)]
 
-    model.blocks[1].register_forward_pre_hook(look)
+    model.blocks["1"].register_forward_pre_hook(look)
     tokens, labels = (t.chunk(2)[rank] for t in (ids(4, 20), ids(4, 20, seed=1)))
     documents = (torch.arange(20) >= 13).int().expand(2, 20)
     positions = (torch.arange(20) - 13 * documents).expand(2, 20)

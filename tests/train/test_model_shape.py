@@ -95,7 +95,7 @@ def test_operations_are_those_that_run(tie: bool) -> None:
     )
     model = Transformer(config).bfloat16()
     initialise(model, 0)
-    for block in model.blocks:
+    for block in model.blocks.values():
         block.get_submodule("attention").core = WrittenOut()
     batch, seq = 3, 16
     tokens = torch.randint(0, 80, (batch, seq))
