@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from armillary.kernels.attention import attention
 from armillary.kernels.cross_entropy import IGNORE, linear_cross_entropy
+from armillary.kernels.mask import Mask
 from armillary.kernels.norm import add_rms_norm, rms_norm
 from armillary.kernels.places import Places
 from armillary.kernels.rope import frequencies, rotate_qk, tables
@@ -75,11 +76,16 @@ class Leave(nn.Module):
 class Core(nn.Module):
     """The seam: attention over keys that are all here. A plan may put its own module in this one's place.
 
-    Called with q, k, v and the pass's `Places`, which are data of the host; returns q's shape. It has no parameters.
+    Called with q, k, v and the pass's `Places`, which are data of the host; returns q's shape. It has no parameters;
+    `mask` is the model's, which another core in its place must heed.
     """
 
+    def __init__(self, mask: Mask) -> None:
+        super().__init__()
+        self.mask = mask
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, places: Places) -> Tensor:
-        return attention(q, k, v, places).out
+        return attention(q, k, v, places, mask=self.mask).out
 
 
 class Head(nn.Module):
@@ -103,7 +109,7 @@ class Attention(nn.Module):
         self.query_norm = RMSNorm(config.head_size, config.norm_eps) if config.qk_norm else nn.Identity()
         self.key_norm = RMSNorm(config.head_size, config.norm_eps) if config.qk_norm else nn.Identity()
         self.enter: nn.Module = Enter()
-        self.core: nn.Module = Core()
+        self.core: nn.Module = Core(Mask(window=config.window or 0))
         self.leave: nn.Module = Leave()
 
     def forward(self, x: Tensor, shared: Shared) -> Tensor:

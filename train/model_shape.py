@@ -64,8 +64,12 @@ class ModelConfig:
     """RMSNorm on each query and key head before RoPE (Qwen 3)."""
     qkv_bias: bool = False
     """Biases on the query, key and value projections (Qwen 2)."""
+    window: int | None = field(default=None, metadata={"min": 1})
+    """Tokens of its document that a query sees, itself and those just before it (Mistral); all when left out."""
     seed: int = field(default=0, metadata={"min": 0})
     """Seed of the initial weights; the same weights on any number of ranks."""
+    weights: str = ""
+    """Folder of a run of the same shape whose newest checkpoint holds the initial weights; from `seed` when left out."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """What the fields do not allow together: pairs of key and sentence."""
@@ -114,9 +118,12 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
 
     `6 N + 12 L Q s / 2`: six for each parameter that multiplies (the embedding's look-up does not, the output
     projection does), and twelve for each layer, query channel (Q = heads times head dim) and visible key. Causal
-    attention sees half of the keys on average; documents packed into one sequence see fewer still, which this formula
-    ignores. Recomputed activations are not counted. Source: PaLM, appendix B, with the causal half.
+    attention sees half of the keys on average, and with a window of w tokens `w - w^2 / 2s` of them; documents packed
+    into one sequence see fewer still, which this formula ignores. Recomputed activations are not counted. Source: PaLM,
+    appendix B, with the causal half.
     """
     weights = model.num_layers * block_matrices(model) + model.vocab_size * model.dim
-    attention = 12 * model.num_layers * model.num_heads * model.head_size * sequence_length / 2
+    window = min(model.window or sequence_length, sequence_length)
+    visible = window * (1 - window / (2 * max(sequence_length, 1)))
+    attention = 12 * model.num_layers * model.num_heads * model.head_size * visible
     return 6.0 * weights + attention
