@@ -53,9 +53,13 @@ def linear_cross_entropy(
     """
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     if chunk is None:
-        vocab = weight.shape[0] if shard is None else shard.largest
-        chunk = max(256, CHUNK_LOGITS.get(hidden.device.type, 2**21) // max(1, vocab))
+        chunk = chunk_rows(hidden.device.type, weight.shape[0] if shard is None else shard.largest)
     return _LinearCrossEntropy.apply(hidden, weight, labels, chunk, shard, z_loss, torch.is_grad_enabled())
+
+
+def chunk_rows(device: str, vocab: int) -> int:
+    """How many tokens are computed at a time on a type of device, of a vocabulary or the largest shard of it."""
+    return max(256, CHUNK_LOGITS.get(device, 2**21) // max(1, vocab))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
