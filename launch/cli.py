@@ -107,6 +107,46 @@ def generate(
     _write(output, {"prompt": prompt, "text": text})
 
 
+@app.command("import-hf")
+def import_hf(
+    path: Annotated[Path, typer.Argument(help="a folder with config.json and *.safetensors, or a GGUF file")],
+    name: Annotated[str, typer.Option(help="name of the new run's folder in runs/; else that of PATH")] = "",
+    output: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Make a run of a Hugging Face model: generate with it, or begin other runs with its weights (model.weights)."""
+    from armillary.train.huggingface import LogitsDiffer
+    from armillary.train.huggingface import import_hf as start
+
+    try:
+        result = start(path, name)
+    except LogitsDiffer as error:
+        _write(output, error.result)
+        raise
+    print(f"run: {result['run']}")
+    _write(output, result)
+
+
+@app.command("export-hf")
+def export_hf(
+    run: str,
+    path: Annotated[Path, typer.Argument(help="the new folder")],
+    dtype: Annotated[str, typer.Option(help="of the tensors: float32 or bfloat16")] = "float32",
+    output: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Write a run's newest checkpoint as a folder that Hugging Face's transformers loads."""
+    from armillary.train.huggingface import LogitsDiffer
+    from armillary.train.huggingface import export_hf as start
+
+    try:
+        result = start(run, path, dtype)
+    except LogitsDiffer as error:
+        _write(output, error.result)
+        raise
+    _write(output, result)
+
+
 @app.command()
 def report(runs: list[str], debug: Debug = False) -> None:
     """Write the report.html of one or more runs: loss, throughput, events, config, each in one file."""

@@ -7,6 +7,7 @@ import re
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -40,7 +41,13 @@ class RunFolder:
         return load_config(self.config)
 
 
-def create_run(config: RunConfig, config_path: str | Path, name: str, tokenizer: Tokenizer) -> RunFolder:
+def create_run(
+    config: RunConfig,
+    config_path: str | Path,
+    name: str,
+    tokenizer: Tokenizer,
+    fill: Callable[[RunFolder], None] = lambda folder: None,
+) -> RunFolder:
     """Makes the folder of a new run and saves in it the resolved config, the tokenizer and facts of this machine.
 
     Args:
@@ -48,6 +55,7 @@ def create_run(config: RunConfig, config_path: str | Path, name: str, tokenizer:
         config_path: the file it came from; its stem and the time make the name of a run that is given none.
         name: the run's name: letters, digits, dots, dashes and underscores; may be empty.
         tokenizer: of its data, kept so that the model can be used without them.
+        fill: puts more into the folder before it has its name; if it raises, there is no new run.
 
     Raises:
         ValueError: if the name is not one, or a run of that name exists.
@@ -66,6 +74,7 @@ def create_run(config: RunConfig, config_path: str | Path, name: str, tokenizer:
         write_aside(aside.config, dump_config(config).encode())
         write_json(aside.path / "run.json", machine_facts())
         tokenizer.save(aside.path)
+        fill(aside)
         return RunFolder(_move_to_first(aside.path, [ROOT / name for name in names]))
 
 
