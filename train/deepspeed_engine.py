@@ -1,0 +1,192 @@
+"""DeepSpeed's ZeRO as an engine of a run: the same model, batches, losses, steps and checkpoints as our own.
+
+The model is cut for tensor and context parallelism as always; only what shards it over the data plane is another. To
+everything that asks for shards of whole rows (checkpoints, parity) it shows such, made for the occasion.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from armillary.comm.collectives import all_reduce
+from armillary.parallel.held import Held
+from armillary.parallel.mesh import Ranks
+from armillary.parallel.part import Part
+from armillary.parallel.tensor import sum_replicas
+from armillary.train.data import Batch
+from armillary.train.deepspeed_start import environment, start
+from armillary.train.deepspeed_state import GRADIENTS, WEIGHTS, ZeroState
+from armillary.train.engine import Engine
+from armillary.train.optim import Optimizers, optimizers_of
+from armillary.train.schedule import OptimConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Runner:
+    """Micro-batches one after the other through a DeepSpeed engine, in `parallel.serial.Serial`'s place."""
+
+    def __init__(self, engine: Any, ranks: Ranks, scale: float) -> None:
+        """
+        Args:
+            engine: DeepSpeed's.
+            ranks: the mesh of the plan.
+            scale: what the loss is multiplied by, where gradients are averaged that are to be summed.
+        """
+        self.engine, self.ranks, self.scale = engine, ranks, scale
+
+    def forward_backward(self, parts: Sequence[Part], divisor: Tensor) -> Tensor:
+        """See `parallel.serial.Serial`. Stage 1 reduces after the last micro-batch, stages 2 and 3 after each."""
+        total = torch.zeros((), device=divisor.device, dtype=torch.float64)
+        for index, part in enumerate(parts):
+            self.engine.set_gradient_accumulation_boundary(index == len(parts) - 1)
+            loss = self.loss(part) / divisor
+            with environment(self.ranks):
+                self.engine.backward(loss * self.scale, scale_wrt_gas=False)
+            total += loss.detach()
+        return total
+
+    def loss(self, part: Part) -> Tensor:
+        """The sum over labelled tokens, 0-d."""
+        with environment(self.ranks):
+            return self.engine(part.tokens, part.places, part.labels)
+
+
+@dataclass(frozen=True)
+class DeepSpeedHeld(Held):
+    """What a rank holds of a model that DeepSpeed shards. Rows that it shows are copies, made when they are asked for:
+    on all ranks at once. Changes to them count once `update_twins` has been called, as after loading."""
+
+    state: ZeroState = None  # type: ignore[assignment]
+    shown: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Rows by kind, until the next change."""
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        if WEIGHTS not in self.shown:
+            self.shown[WEIGHTS] = {name: nn.Parameter(rows) for name, rows in self.state.pull(WEIGHTS).items()}
+        if self.state.ready and GRADIENTS not in self.shown:
+            self.shown[GRADIENTS] = self.state.pull(GRADIENTS)
+            for name, gradient in self.shown[GRADIENTS].items():
+                self.shown[WEIGHTS][name].grad = gradient
+        return self.shown[WEIGHTS]
+
+    def moments(self, key: str) -> dict[str, Tensor]:
+        """This rank's rows of a moment of AdamW."""
+        if key not in self.shown:
+            self.shown[key] = self.state.pull(key)
+        return self.shown[key]
+
+    def complete_gradients(self) -> None:
+        """Adds up what replicas have of each gradient, and makes gradients ready for norm, clipping and step."""
+        self.state.settle()
+        if self.ranks.tensor.size() > 1:
+            rows = self.state.pull(GRADIENTS)
+            sum_replicas(rows, self.cuts, group=self.ranks.tensor, ledger=self.ranks.ledger)
+            self.state.push(GRADIENTS, rows)
+
+    def update_twins(self) -> None:
+        """Takes over what has been filled into the rows."""
+        for kind, rows in self.shown.items():
+            if kind in (WEIGHTS, *MOMENTS):
+                self.state.push(kind, rows)
+        self.state.spread()
+        self.forget()
+
+    def forget(self) -> None:
+        """Lets the rows go, since what they show is to change."""
+        self.shown.clear()
+
+
+class DeepSpeedEngine(Engine):
+    """Runs a model that DeepSpeed shards."""
+
+    held: DeepSpeedHeld
+
+    def forward_backward(self, batches: Sequence[Batch]) -> Tensor:
+        self.held.forget()
+        return super().forward_backward(batches)
+
+    def gradient_norm(self) -> Tensor:
+        """Norm of the whole gradient, the same on every rank; of the flat partitions, without bringing rows together.
+
+        Float32, or float64 for a float64 model; summed in float64.
+        """
+        gradients = self.held.state.counted_gradients()
+        total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+        for flat in gradients:
+            # By short stretches: one float32 sum over millions of elements would be off in the fourth digit.
+            whole = flat[: flat.numel() // 1024 * 1024].view(-1, 1024)
+            for part in (whole, flat[whole.numel() :].unsqueeze(0)):
+                total += torch.linalg.vector_norm(part, dim=-1).double().square().sum()
+        all_reduce(total, group=self.ranks.everyone, ledger=self.ranks.ledger, purpose="gradient norm")
+        wide = self.held.state.masters()[0].dtype == torch.float64
+        return total.sqrt().to(torch.float64 if wide else torch.float32)
+
+    def clip(self, norm: Tensor, max_norm: float) -> None:
+        """Scales the gradient down to `max_norm` if it is longer; 0 leaves it."""
+        if max_norm:
+            torch._foreach_mul_(self.held.state.gradients(), (max_norm / (norm + 1e-6)).clamp(max=1.0))
+
+
+@dataclass(frozen=True, eq=False)
+class DeepSpeedOptimizers(Optimizers):
+    """AdamW on DeepSpeed's flat partitions."""
+
+    engine: Any = None
+    held: DeepSpeedHeld = None  # type: ignore[assignment]
+
+    def step(self, ratio: float) -> None:
+        """Updates all weights, at `ratio` times each group's peak learning rate."""
+        for group in self.optimizers[0].param_groups:
+            group["lr"] = group["initial_lr"] * ratio
+        self.engine.step()
+        self.held.state.ready = False
+        self.held.forget()
+
+    def zero_grad(self) -> None:
+        """Drops all gradients that no step has used."""
+        if self.held.state.ready:
+            self.held.state.drop()
+            self.held.forget()
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """All state as `optimizer/<state key>/<parameter name>`, in rows; the count is each partition's own."""
+        state = self.held.state
+        counts = {
+            f"optimizer/step/{name}": state.state_of(state.masters()[group])["step"]
+            for name, (group, _) in state.where.items()
+        }
+        rows = {key: self.held.moments(key) for key in MOMENTS}
+        return counts | {f"optimizer/{key}/{name}": rows[key][name] for key in MOMENTS for name in rows[key]}
+
+    def create_state(self) -> None:
+        """Allocates the zero state that the first step would start from, where there is none yet."""
+        self.held.state.create_state()
+
+
+def shard_with_deepspeed(
+    held: Held, stage: int, config: OptimConfig, placement: str
+) -> tuple[DeepSpeedHeld, DeepSpeedEngine, DeepSpeedOptimizers]:
+    """Hands a model to DeepSpeed. Its weights must be filled afterwards (`fill` of each parameter, `update_twins`).
+
+    Args:
+        held: one stage, cut by tensor and context parallelism but not sharded, allocated, in the weights' dtype.
+        stage: of ZeRO: 1, 2 or 3.
+
+    Raises:
+        ValueError: if DeepSpeed is not installed.
+    """
+    (model,) = held.stages
+    parameters = held.parameters()
+    # AdamW, decaying as everywhere; DeepSpeed takes the parameters out and puts its partitions in.
+    plain = optimizers_of(parameters, replace(config, kind="adamw"))
+    names = dict(plain.names)
+    engine = start(model, plain.optimizers[0], stage, config, held.ranks)
+    state = ZeroState(engine.optimizer, names, held.cuts, held.ranks)
+    sharded = DeepSpeedHeld((model,), held.cuts, held.ranks, held.last, state)
+    scale = float(held.ranks.plane.size()) if stage == 3 else 1.0
+    running = DeepSpeedEngine(sharded, Runner(engine, held.ranks, scale), placement)  # type: ignore[arg-type]
+    return sharded, running, DeepSpeedOptimizers(plain.optimizers, names, engine=engine, held=sharded)
