@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from armillary.comm.collectives import all_reduce, broadcast_text
 from armillary.comm.ledger import Ledger
-from armillary.parallel.plan import Plan
+from armillary.parallel.plan import DEGREES, Plan
 
 TIMEOUT = timedelta(minutes=10)
 
@@ -22,9 +22,13 @@ class Ranks:
     """What one rank knows of the others: its mesh, its groups, and the ledger of what it sends."""
 
     mesh: DeviceMesh
-    """Axes dp and cp, from the outermost in."""
+    """Axes pp, dp, cp and tp, from the outermost in."""
     plane: DeviceMesh
-    """The data plane, one axis: all ranks, among which state is sharded."""
+    """The data plane, one axis: dp and cp as one, the ranks that hold the same parameters and shard their state."""
+    stage: dist.ProcessGroup
+    """The ranks that hold a part of this one's layers: plane and tensor axis as one, the latter innermost."""
+    everyone: dist.ProcessGroup
+    """All ranks of the run."""
     device: torch.device
     rank: int
     num_ranks: int
@@ -43,9 +47,9 @@ class Ranks:
         return int(tensor)
 
     @property
-    def everyone(self) -> dist.ProcessGroup:
-        """All ranks of the run; today they are the data plane."""
-        return self.plane.get_group()
+    def pipeline(self) -> dist.ProcessGroup:
+        """The ranks that hold the other layers for this one's micro-batches."""
+        return self.mesh["pp"].get_group()
 
     @property
     def data(self) -> dist.ProcessGroup:
@@ -57,6 +61,11 @@ class Ranks:
         """The ranks that share this one's sequences."""
         return self.mesh["cp"].get_group()
 
+    @property
+    def tensor(self) -> dist.ProcessGroup:
+        """The ranks that share this one's layers and tokens."""
+        return self.mesh["tp"].get_group()
+
 
 def make_ranks(plan: Plan, device: torch.device) -> Ranks:
     """The mesh of a plan over the ranks of the default process group.
@@ -66,9 +75,13 @@ def make_ranks(plan: Plan, device: torch.device) -> Ranks:
     """
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     check_num_ranks(plan, num_ranks)
-    mesh = init_device_mesh(device.type, (plan.dp, plan.cp), mesh_dim_names=("dp", "cp"))
-    plane = init_device_mesh(device.type, (num_ranks,), mesh_dim_names=("plane",))
-    return Ranks(mesh, plane, device, rank, num_ranks)
+    degrees = tuple(getattr(plan, axis) for axis in DEGREES)
+    mesh = init_device_mesh(device.type, degrees, mesh_dim_names=DEGREES)
+    plane = mesh["dp", "cp"]._flatten("plane")
+    stage = mesh["dp", "cp", "tp"]._flatten("stage").get_group()
+    everyone = dist.group.WORLD
+    assert everyone is not None
+    return Ranks(mesh, plane, stage, everyone, device, rank, num_ranks)
 
 
 def check_num_ranks(plan: Plan, num_ranks: int) -> None:

@@ -8,8 +8,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from armillary.comm import collectives
 from armillary.comm.ledger import Ledger
@@ -76,33 +74,3 @@ def shard(
             module.set_custom_reduce_scatter(_ReduceScatter(ledger))  # type: ignore[arg-type]
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-
-
-@torch.no_grad()
-def place(parameter: Tensor, full: Tensor) -> None:
-    """Fills a parameter, or this rank's shard of it, from the whole tensor."""
-    assert parameter.shape == full.shape, (parameter.shape, full.shape)
-    if isinstance(parameter, DTensor):
-        sizes, offsets = compute_local_shape_and_global_offset(
-            parameter.shape, parameter.device_mesh, parameter.placements
-        )
-        for dim, (size, offset) in enumerate(zip(sizes, offsets, strict=True)):
-            full = full.narrow(dim, min(offset, full.shape[dim]), size)
-        parameter = parameter.to_local()
-    parameter.copy_(full)
-
-
-def whole(tensor: Tensor, *, group: dist.ProcessGroup, ledger: Ledger, purpose: str) -> Tensor:
-    """The whole of a tensor that is sharded on its first dim over `group`, on every rank.
-
-    Shards may be uneven or empty; each rank's rows are padded to the largest for the exchange.
-    """
-    if not isinstance(tensor, DTensor):
-        return tensor
-    local = tensor.to_local()
-    rows = -(-tensor.shape[0] // group.size())
-    padded = local.new_zeros(rows, *tensor.shape[1:])
-    padded[: local.shape[0]] = local
-    gathered = local.new_empty(group.size() * rows, *tensor.shape[1:])
-    collectives.all_gather(gathered.view(-1), padded.view(-1), group=group, ledger=ledger, purpose=purpose)
-    return gathered[: tensor.shape[0]]

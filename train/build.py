@@ -3,26 +3,62 @@
 import torch
 
 from armillary.parallel.apply import apply
+from armillary.parallel.held import Held, clean_name
 from armillary.parallel.mesh import Ranks
-from armillary.parallel.partition import place
+from armillary.parallel.pipeline import Pipeline
+from armillary.parallel.schedule import schedule_named
+from armillary.parallel.serial import Serial
+from armillary.parallel.tensor import hidden_shape
 from armillary.train.config import RunConfig
-from armillary.train.model import Transformer, initialise
+from armillary.train.engine import Engine
+from armillary.train.model import Transformer, initial
+from armillary.train.split import stages_of
 
 COMPUTE = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 
-def build_model(config: RunConfig, ranks: Ranks) -> Transformer:
-    """A model with the plan applied and initial weights; each rank holds its shards only.
+def build_engine(config: RunConfig, ranks: Ranks) -> Engine:
+    """A model with the plan applied and initial weights, ready to run; each rank holds its shards only.
 
     Args:
-        config: `optim.precision` is the compute dtype; weights are float32, or float64 where that is.
+        config: `optim.precision` is the compute dtype; weights are float32, or float64 where that is. Nothing in its
+            plan is left to be measured.
         ranks: the mesh of the plan.
     """
-    compute = COMPUTE[config.optim.precision]
-    with torch.device("meta"):
-        model = Transformer(config.model)
-    model.to(torch.float64 if compute == torch.float64 else torch.float32)
-    apply(model, config.plan, config.partition, ranks, compute)
-    model.to_empty(device=ranks.device)
-    initialise(model, config.model.seed, place)
-    return model
+    compute, plan = COMPUTE[config.optim.precision], config.plan
+
+    def make() -> Transformer:
+        with torch.device("meta"):
+            model = Transformer(config.model)
+        return model.to(torch.float64 if compute == torch.float64 else torch.float32)
+
+    held = apply(
+        make, plan, config.partition, stages_of(plan, config.model, config.data.sequence_length), ranks, compute
+    )
+    for stage in held.stages:
+        stage.to_empty(device=ranks.device)
+    fill(held, config)
+    if plan.pp == 1:
+        return Engine(held, Serial(held.stages[0]), plan.placement)
+    schedule = schedule_named(plan.schedule, plan.pp, config.optim.micro_batches, plan.per_rank)
+    pipeline = Pipeline(
+        held.stages,
+        schedule,
+        group=ranks.pipeline,
+        ledger=ranks.ledger,
+        device=ranks.device,
+        dtype=compute,
+        hidden=lambda places: hidden_shape((places.batch, places.seq), config.model.dim, plan.tp),
+        # Two threads in one step: only where no stage speaks to other ranks while it computes.
+        overlap=plan.tp == plan.cp == 1,
+    )
+    return Engine(held, pipeline, plan.placement)
+
+
+def fill(held: Held, config: RunConfig) -> None:
+    """Gives every parameter its initial values, from the model's seed."""
+    for stage in held.stages:
+        for name, parameter in stage.named_parameters():
+            name = clean_name(name)
+            full = initial(name, held.cuts[name].shape, config.model.num_layers, config.model.seed)
+            held.fill(name, parameter, full)

@@ -95,7 +95,7 @@ class Checkpointer:
         self._thread: threading.Thread | None = None
 
     def save(
-        self, step: int, shared: Mapping[str, Tensor], own: Mapping[str, Tensor], facts: Mapping[str, Any]
+        self, step: int, shared: Mapping[str, Tensor | Local], own: Mapping[str, Tensor], facts: Mapping[str, Any]
     ) -> None:
         """Copies the state and starts to write it; waits first for a save that is still being written.
 

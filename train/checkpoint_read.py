@@ -5,7 +5,7 @@ the same ranks is the simplest case of resharding. (torch's DCP would do this to
 between ranks and its metadata is a pickle.)
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,12 @@ from armillary.train.store import read_manifest, safe_join
 
 
 def load(
-    folder: Path, shared: Mapping[str, Tensor], own: Mapping[str, Tensor], rank: int, num_ranks: int
+    folder: Path,
+    shared: Mapping[str, Tensor | Local],
+    own: Mapping[str, Tensor],
+    rank: int,
+    num_ranks: int,
+    elsewhere: Callable[[str], bool] = lambda name: False,
 ) -> dict[str, Any]:
     """Fills the given tensors in place from a checkpoint that any number of ranks saved, however sharded.
 
@@ -27,10 +32,11 @@ def load(
 
     Args:
         folder: a `step-*` folder.
-        shared: plain tensors or DTensors; their names, global shapes and dtypes must be those of the checkpoint.
+        shared: plain tensors, DTensors or parts; their names, global shapes and dtypes must be those of the checkpoint.
         own: this rank's own state; left as it is if the checkpoint is from another number of ranks, or from ranks
             with other state of their own (a GPU's generator, say).
         rank, num_ranks: of this run.
+        elsewhere: whether a tensor of a name that is not in `shared` is another rank's to load.
 
     Returns:
         The facts that were saved.
@@ -43,9 +49,15 @@ def load(
     kept = {name for name in manifest.tensors if owner(name) == rank}
     same = num_ranks == manifest.num_ranks and kept == {f"rank-{rank}/{name}" for name in own}
     owners = (None, rank) if same else (None,)
-    given = dict(shared) | {f"rank-{rank}/{name}": tensor for name, tensor in own.items() if rank in owners}
+    given: dict[str, Tensor | Local] = dict(shared) | {
+        f"rank-{rank}/{name}": tensor for name, tensor in own.items() if rank in owners
+    }
     targets = {name: local_part(name, tensor, rank) for name, tensor in given.items()}
-    stored = {name: it for name, it in manifest.tensors.items() if owner(name) in owners}
+    stored = {
+        name: it
+        for name, it in manifest.tensors.items()
+        if owner(name) in owners and (name in targets or not elsewhere(name))
+    }
     _check_same(folder, targets, stored)
     _fill(folder, manifest, targets)
     return dict(manifest.facts)

@@ -22,6 +22,7 @@ from armillary.train.guard import GuardConfig
 from armillary.train.metrics import MetricsConfig
 from armillary.train.model_shape import ModelConfig
 from armillary.train.schedule import OptimConfig
+from armillary.train.split import refusals
 from armillary.train.store import CheckpointConfig
 
 
@@ -39,6 +40,10 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """What the sections do not allow together: pairs of key and sentence."""
+        yield from refusals(self.plan, self.model, self.data.sequence_length)
 
 
 class ConfigError(ValueError):

@@ -7,9 +7,12 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from armillary.comm.collectives import all_reduce
-from armillary.parallel.mesh import Ranks
+from armillary.parallel.held import Held
+from armillary.parallel.part import Part
+from armillary.parallel.pipeline import Pipeline
+from armillary.parallel.serial import Serial
 from armillary.train.data import Batch, Dataset
-from armillary.train.model import IGNORE, Transformer
+from armillary.train.model import IGNORE
 from armillary.train.optim import clip_, gradient_norm
 from armillary.train.share import Share, share
 
@@ -17,10 +20,8 @@ from armillary.train.share import Share, share
 class Engine:
     """Runs a model that a plan has been applied to."""
 
-    def __init__(self, model: Transformer, ranks: Ranks, placement: str = "auto") -> None:
-        self.model = model
-        self.ranks = ranks
-        self.placement = placement
+    def __init__(self, held: Held, runner: Serial | Pipeline, placement: str = "auto") -> None:
+        self.held, self.runner, self.ranks, self.placement = held, runner, held.ranks, placement
 
     def forward_backward(self, batches: Sequence[Batch]) -> Tensor:
         """Adds the gradient of the step's loss to every parameter; returns the loss.
@@ -29,54 +30,57 @@ class Engine:
         before backward, so gradients are those of the global mean whatever the split.
         """
         shares = [share(batch, self.ranks, self.placement) for batch in batches]
-        num_labels = self._total(sum(count_labels(part) for part in shares)).clamp(min=1)
-        total = torch.zeros((), device=self.ranks.device, dtype=torch.float64)
-        for index, part in enumerate(shares):
-            self._sync_gradients(index == len(shares) - 1)
-            loss = self._loss_sum(part) / num_labels
-            loss.backward()
-            total += loss.detach()
-        return self._reduce(total)
+        labels = sum(count_labels(part) for part in shares) if self._speaks else 0
+        num_labels = self._reduce(torch.tensor(labels, device=self.ranks.device, dtype=torch.int64)).clamp(min=1)
+        loss = self.runner.forward_backward([self._part(each) for each in shares], num_labels)
+        self.held.complete_gradients()
+        return self._reduce(loss if self._counts_loss else torch.zeros_like(loss))
 
     def gradient_norm(self) -> Tensor:
         """Norm of the whole gradient, the same on every rank."""
-        return gradient_norm(self.model.parameters(), group=self.ranks.everyone, ledger=self.ranks.ledger)
+        return gradient_norm(self.held.counted(), group=self.ranks.everyone, ledger=self.ranks.ledger)
 
     def clip(self, norm: Tensor, max_norm: float) -> None:
         """Scales the gradient down to `max_norm` if it is longer; 0 leaves it."""
-        clip_(self.model.parameters(), norm, max_norm)
+        clip_(self.held.parameters().values(), norm, max_norm)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch], dataset: Dataset) -> tuple[float, float]:
         """Mean loss (nats a token) and bits per byte over the batches of all ranks; each rank has as many batches."""
         sums = torch.zeros(3, device=self.ranks.device, dtype=torch.float64)
-        self.model.eval()
+        for stage in self.held.stages:
+            stage.eval()
         for batch in batches:
-            part = share(batch, self.ranks, self.placement)
-            loss = self._loss_sum(part).double()
-            facts = [count_labels(part), dataset.label_bytes(part.labels)]
+            each = share(batch, self.ranks, self.placement)
+            loss = self.runner.loss(self._part(each)).double()
+            facts = [count_labels(each), dataset.label_bytes(each.labels)] if self._speaks else [0, 0]
+            loss = loss if self._counts_loss else torch.zeros_like(loss)
             sums += torch.stack([loss, *torch.tensor(facts, dtype=torch.float64, device=loss.device)])
-        self.model.train()
-        # Without a backward pass, what stays gathered after forward would stay so, and be saved and loaded as such: in
-        # the compute dtype, not the weights' own. FSDP2's reshard takes one module at a time.
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        for stage in self.held.stages:
+            stage.train()
+            # Without a backward pass, what stays gathered after forward would stay so, and be saved and loaded as such:
+            # in the compute dtype, not the weights' own. FSDP2's reshard takes one module at a time.
+            for module in stage.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
         loss, labels, num_bytes = self._reduce(sums).tolist()
         return loss / max(labels, 1.0), loss / max(num_bytes, 1.0) / 0.6931471805599453
 
-    def _loss_sum(self, part: Share) -> Tensor:
+    @property
+    def _counts_loss(self) -> bool:
+        """Whether the loss that this rank computes is one that no other counts: the tensor ranks all have the same."""
+        return self.ranks.tensor.rank() == 0
+
+    @property
+    def _speaks(self) -> bool:
+        """Whether this rank counts its labels: its pipeline and tensor ranks have the same tokens."""
+        return self.ranks.tensor.rank() == 0 and self.ranks.pipeline.rank() == 0
+
+    def _part(self, each: Share) -> Part:
         tokens, labels = (
-            torch.from_numpy(array).to(self.ranks.device, non_blocking=True) for array in (part.tokens, part.labels)
+            torch.from_numpy(array).to(self.ranks.device, non_blocking=True) for array in (each.tokens, each.labels)
         )
-        return self.model(tokens, part.places, labels)
-
-    def _sync_gradients(self, sync: bool) -> None:
-        if isinstance(self.model, FSDPModule):
-            self.model.set_requires_gradient_sync(sync)
-
-    def _total(self, count: int) -> Tensor:
-        return self._reduce(torch.tensor(count, device=self.ranks.device, dtype=torch.int64))
+        return Part(tokens, labels, each.places)
 
     def _reduce(self, tensor: Tensor) -> Tensor:
         return all_reduce(tensor, group=self.ranks.everyone, ledger=self.ranks.ledger, purpose="statistics")

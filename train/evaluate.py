@@ -3,7 +3,6 @@
 from typing import Any
 
 from armillary.train.data import held_out_batches, prepare
-from armillary.train.engine import Engine
 from armillary.train.loaded_run import loaded_run
 from armillary.train.restore import check_same_data
 
@@ -20,5 +19,5 @@ def evaluate_run(run: str) -> dict[str, Any]:
         if dataset.num_held_out == 0:
             raise ValueError(f"{run}: the corpus holds nothing out; set data.held_out above 0 and train again")
         batches = held_out_batches(dataset, None, loaded.config.data.batch_size, 0, 1)
-        loss, bits_per_byte = Engine(loaded.model, loaded.ranks).evaluate(batches, dataset)
+        loss, bits_per_byte = loaded.engine.evaluate(batches, dataset)
     return {"run": run, "step": loaded.step, "loss": loss, "bits_per_byte": bits_per_byte}

@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from armillary.parallel.mesh import Ranks, joined_ranks
-from armillary.parallel.partition import place
+from armillary.parallel.mesh import joined_ranks
 from armillary.parallel.plan import Plan
-from armillary.train.build import build_model
+from armillary.train.build import build_engine
 from armillary.train.checkpoint_read import read_facts, read_full
 from armillary.train.config import RunConfig
+from armillary.train.engine import Engine
 from armillary.train.model import Transformer
 from armillary.train.restore import newest_sound
 from armillary.train.run_folder import open_run
@@ -23,12 +23,18 @@ class LoadedRun:
     """A trained model and what belongs to it."""
 
     config: RunConfig
-    ranks: Ranks
-    model: Transformer
+    engine: Engine
     tokenizer: Tokenizer
     checkpoint: Path
     facts: dict[str, Any]
     """What was saved with the checkpoint."""
+
+    @property
+    def model(self) -> Transformer:
+        """The whole model."""
+        model = self.engine.held.stages[0]
+        assert isinstance(model, Transformer)
+        return model
 
     @property
     def step(self) -> int:
@@ -50,8 +56,8 @@ def loaded_run(run: str | Path) -> Iterator[LoadedRun]:
             raise ValueError(
                 f"{folder.path}: has no checkpoint yet; continue it: armillary train --resume {folder.path}"
             )
-        model = build_model(config, ranks)
-        for name, parameter in model.named_parameters():
-            place(parameter, read_full(path, f"model/{name}"))
+        engine = build_engine(config, ranks)
+        for name, parameter in engine.held.parameters().items():
+            engine.held.fill(name, parameter, read_full(path, f"model/{name}"))
         tokenizer = load_tokenizer(folder.path, "the run's tokenizer")
-        yield LoadedRun(config, ranks, model, tokenizer, path, read_facts(path))
+        yield LoadedRun(config, engine, tokenizer, path, read_facts(path))

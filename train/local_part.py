@@ -45,8 +45,8 @@ class Local:
     writes: bool
 
 
-def local_part(name: str, tensor: Tensor, rank: int) -> Local:
-    """This rank's part of a tensor: a DTensor's local shard, or the whole of a plain one.
+def local_part(name: str, tensor: "Tensor | Local", rank: int) -> Local:
+    """This rank's part of a tensor: as given, or a DTensor's local shard, or the whole of a plain one.
 
     Of the ranks that hold the same shard, the one at coordinate 0 of the replicated mesh axes writes it; a plain
     tensor, which is the same on all ranks, rank 0.
@@ -54,6 +54,8 @@ def local_part(name: str, tensor: Tensor, rank: int) -> Local:
     Raises:
         ValueError: if the tensor's dtype, or the way it is sharded, cannot be stored.
     """
+    if isinstance(tensor, Local):
+        return tensor
     if tensor.dtype not in DTYPE_NAMES:
         raise ValueError(f"tensor {name!r} is {tensor.dtype}; a checkpoint can hold {', '.join(map(str, DTYPE_NAMES))}")
     dtype, shape = DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)

@@ -231,31 +231,25 @@ class Transformer(nn.Module):
         return Shared(places, *tables(positions, frequency, wide))
 
 
-def _copy(parameter: nn.Parameter, full: Tensor) -> None:
-    parameter.copy_(full)
-
-
 @torch.no_grad()
-def initialise(model: Transformer, seed: int, place: Callable[[nn.Parameter, Tensor], None] = _copy) -> None:
-    """Fills every parameter in place; the values depend on nothing but the seed, its name and its full shape.
-
-    Norms become 1, biases 0, matrices normal with deviation 0.02, divided by sqrt(2 * layers) where they add to the
-    residual stream. Source: GPT-2.
-
-    Args:
-        model: built, and allocated where it was built on the meta device.
-        seed: the same seed gives the same weights on any number of ranks.
-        place: stores a full float32 tensor, on the CPU, into a parameter, of which a rank may hold a part only.
-    """
-    residual = 0.02 / (2 * model.config.num_layers) ** 0.5
+def initialise(model: Transformer, seed: int) -> None:
+    """Fills every parameter of a whole model in place: see `initial`."""
     for name, parameter in model.named_parameters():
-        if name.endswith("norm.weight"):
-            full = torch.ones(parameter.shape, device="cpu")
-        elif name.endswith("bias"):
-            full = torch.zeros(parameter.shape, device="cpu")
-        else:
-            # Hashed together: the CPU generator looks at the low 32 bits of its seed only.
-            generator = torch.Generator("cpu").manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
-            deviation = residual if name.endswith(("attention.output.weight", "ffn.down.weight")) else 0.02
-            full = torch.empty(parameter.shape, device="cpu").normal_(0, deviation, generator=generator)
-        place(parameter, full)
+        parameter.copy_(initial(name, tuple(parameter.shape), model.config.num_layers, seed))
+
+
+def initial(name: str, shape: tuple[int, ...], num_layers: int, seed: int) -> Tensor:
+    """The initial values of a whole parameter, float32 on the CPU; they depend on nothing but the arguments.
+
+    Norms are 1, biases 0, matrices normal with deviation 0.02, divided by sqrt(2 * layers) where they add to the
+    residual stream. Source: GPT-2.
+    """
+    if name.endswith("norm.weight"):
+        return torch.ones(shape, device="cpu")
+    if name.endswith("bias"):
+        return torch.zeros(shape, device="cpu")
+    # Hashed together: the CPU generator looks at the low 32 bits of its seed only.
+    generator = torch.Generator("cpu").manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+    adds = name.endswith(("attention.output.weight", "ffn.down.weight"))
+    deviation = 0.02 / (2 * num_layers) ** 0.5 if adds else 0.02
+    return torch.empty(shape, device="cpu").normal_(0, deviation, generator=generator)

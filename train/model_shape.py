@@ -69,7 +69,7 @@ class ModelConfig:
     seed: int = field(default=0, metadata={"min": 0})
     """Seed of the initial weights; the same weights on any number of ranks."""
     weights: str = ""
-    """Folder of a run of the same shape whose newest checkpoint holds the initial weights; from `seed` when left out."""
+    """Folder of a run of the same shape whose newest checkpoint has the initial weights; from `seed` when left out."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """What the fields do not allow together: pairs of key and sentence."""
@@ -127,3 +127,10 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
     visible = window * (1 - window / (2 * max(sequence_length, 1)))
     attention = 12 * model.num_layers * model.num_heads * model.head_size * visible
     return 6.0 * weights + attention
+
+
+def stage_costs(model: ModelConfig, sequence_length: int) -> tuple[float, float, float]:
+    """What a layer, the embedding, and the output projection with the loss cost: operations for a token, as
+    `flops_per_token` counts them. A look-up and the norms are counted as nothing."""
+    head = 6.0 * model.vocab_size * model.dim
+    return (flops_per_token(model, sequence_length) - head) / model.num_layers, 0.0, head

@@ -1,7 +1,7 @@
-"""Muon for matrices whose rows are sharded over ranks.
+"""Muon for matrices that are sharded over ranks, each rank holding a box of rows and columns.
 
 The momentum lives on the shard. Newton-Schulz needs the whole matrix, so for each bucket of matrices one all_to_all
-brings every matrix together on one rank, its owner, which orthogonalises it; a second one takes the rows of the update
+brings every matrix together on one rank, its owner, which orthogonalises it; a second one takes the boxes of the update
 back. Each matrix is worked on once, and crosses the network twice. Matrices that are not sharded need no exchange.
 
 Sources: Jordan 2024, kellerjordan.github.io/posts/muon; torch.optim.Muon, whose coefficients, epsilon and learning
@@ -9,7 +9,8 @@ rate adjustment these are, but which iterates in bfloat16 always and knows no sh
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from torch.optim import Optimizer
 
 from armillary.comm.collectives import all_to_all
 from armillary.comm.ledger import Ledger
+from armillary.parallel.cut import Box, Cut
+from armillary.parallel.held import local, part_of
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
@@ -27,6 +30,26 @@ EPSILON = 1e-7
 BUCKET_ELEMENTS = 32 * 2**20
 
 Shape = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How one matrix lies on the ranks of a group."""
+
+    shape: Shape
+    """Of the whole."""
+    boxes: tuple[Box, ...]
+    """What each rank holds."""
+    speaks: tuple[bool, ...]
+    """Whether a rank's box is to be taken into account: of ranks that hold the same, one."""
+
+    @classmethod
+    def of(cls, cut: Cut, plane: int) -> "Spread":
+        """Of a cut over tensor ranks and a plane of so many ranks, the tensor ranks innermost."""
+        height, width = cut.shape
+        ranks = [(index, rank) for index in range(plane) for rank in range(len(cut.parts))]
+        boxes = tuple(cut.shard(rank, index, plane) for index, rank in ranks)
+        return cls((height, width), boxes, tuple(cut.speaks(rank) for _, rank in ranks))
 
 
 class Muon(Optimizer):
@@ -44,11 +67,13 @@ class Muon(Optimizer):
         weight_decay: float,
         group: dist.ProcessGroup | None,
         ledger: Ledger,
+        spreads: Mapping[Tensor, Spread] | None = None,
     ) -> None:
         """
         Args:
-            params: 2-D parameters of one dtype and device, not empty; those that are DTensors are sharded on dim 0
-                over `group` as torch.chunk would.
+            params: 2-D parameters of one dtype and device, not empty.
+            spreads: of those that are sharded over `group`. If left out, DTensors are sharded on dim 0 as torch.chunk
+                would.
             lr: learning rate of a matrix that is not taller than wide; else times sqrt(rows / columns).
             momentum: decay of the mean gradient.
             weight_decay: share of a weight that is taken off per step, times `lr`.
@@ -59,45 +84,46 @@ class Muon(Optimizer):
         assert all(p.ndim == 2 for g in self.param_groups for p in g["params"])
         self.process_group = group
         self.ledger = ledger
+        if spreads is None and group is not None:
+            size = group.size()
+            matrices = [p for g in self.param_groups for p in g["params"] if isinstance(p, DTensor)]
+            spreads = {p: Spread.of(Cut.whole(tuple(p.shape)), size) for p in matrices}
+        self.spreads = spreads or {}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Updates every matrix that has a gradient."""
         for settings in self.param_groups:
             matrices = [p for p in settings["params"] if p.grad is not None]
-            self._update([p for p in matrices if not isinstance(p, DTensor)], None, settings)
-            self._update([p for p in matrices if isinstance(p, DTensor)], self.process_group, settings)
+            self._update([p for p in matrices if p not in self.spreads], None, settings)
+            self._update([p for p in matrices if p in self.spreads], self.process_group, settings)
 
     def _update(self, matrices: list[Tensor], group: dist.ProcessGroup | None, settings: dict[str, Any]) -> None:
-        shapes = [(p.shape[0], p.shape[1]) for p in matrices]
-        for bucket in plan_buckets(shapes, group.size() if group else 1, BUCKET_ELEMENTS):
+        alone = group is None or group.size() == 1
+        shapes = [self.spreads[p].shape if p in self.spreads else (p.shape[0], p.shape[1]) for p in matrices]
+        for bucket in plan_buckets(shapes, 1 if alone else group.size(), BUCKET_ELEMENTS):  # type: ignore[union-attr]
             members = [matrices[index] for index, _ in bucket]
             directions = [self._direction(p, settings["momentum"]) for p in members]
-            if group is None or group.size() == 1:
+            if group is None or alone:
                 updates = [orthogonalise(direction) for direction in directions]
             else:
-                members_shapes, owners = [shapes[index] for index, _ in bucket], [owner for _, owner in bucket]
-                updates = orthogonalise_shards(directions, members_shapes, owners, group=group, ledger=self.ledger)
-            for parameter, update in zip(members, updates, strict=True):
-                rows, columns = parameter.shape
-                weight = local_part(parameter)
+                spreads, owners = [self.spreads[p] for p in members], [owner for _, owner in bucket]
+                updates = orthogonalise_shards(directions, spreads, owners, group=group, ledger=self.ledger)
+            for parameter, update, (index, _) in zip(members, updates, bucket, strict=True):
+                rows, columns = shapes[index]
+                weight = local(parameter)
                 weight.mul_(1 - settings["lr"] * settings["weight_decay"])
                 weight.add_(update, alpha=-settings["lr"] * math.sqrt(max(1, rows / columns)))
 
     def _direction(self, parameter: Tensor, momentum: float) -> Tensor:
-        """This rank's rows of the Nesterov momentum, in the dtype of the iteration."""
+        """This rank's part of the Nesterov momentum, in the dtype of the iteration."""
         state = self.state[parameter]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
         assert parameter.grad is not None
-        gradient, buffer = local_part(parameter.grad), local_part(state["momentum_buffer"])
+        gradient, buffer = local(parameter.grad), local(state["momentum_buffer"])
         buffer.lerp_(gradient, 1 - momentum)
         return gradient.lerp(buffer, momentum).to(iteration_dtype(parameter))
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """The rows that this rank holds: the memory itself, under `no_grad`."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def iteration_dtype(parameter: Tensor) -> torch.dtype:
@@ -124,48 +150,55 @@ def orthogonalise(matrix: Tensor) -> Tensor:
 
 def orthogonalise_shards(
     shards: Sequence[Tensor],
-    shapes: Sequence[Shape],
+    spreads: Sequence[Spread],
     owners: Sequence[int],
     *,
     group: dist.ProcessGroup,
     ledger: Ledger,
 ) -> list[Tensor]:
-    """This rank's rows of the orthogonalised matrices.
+    """This rank's parts of the orthogonalised matrices.
 
     Args:
-        shards: this rank's rows of each matrix; all of one dtype; some may have no rows.
-        shapes: of the whole matrices.
+        shards: this rank's part of each matrix; all of one dtype; some may be empty.
+        spreads: how the matrices lie on the ranks.
         owners: the rank of the group that works on each matrix.
         group: the ranks that hold the shards.
         ledger: counts the bytes, under the purpose "muon".
     """
     ranks, rank = range(group.size()), group.rank()
-    rows = [shard_rows(height, group.size()) for height, _ in shapes]
-    assert all(shard.shape[0] == r[rank] for shard, r in zip(shards, rows, strict=True))
+    assert all(tuple(shard.shape) == s.boxes[rank][1] for shard, s in zip(shards, spreads, strict=True))
     owned_by = [[index for index, owner in enumerate(owners) if owner == r] for r in ranks]
     mine = owned_by[rank]
-    pieces = _exchange(
-        [[shards[index] for index in owned_by[r]] for r in ranks],
-        [[(rows[index][r], shapes[index][1]) for index in mine] for r in ranks],
+
+    def spoken(index: int, r: int) -> bool:
+        return spreads[index].speaks[r]
+
+    arrived = _exchange(
+        [[shards[index] for index in owned_by[r] if spoken(index, rank)] for r in ranks],
+        [[spreads[index].boxes[r][1] for index in mine if spoken(index, r)] for r in ranks],
         shards[0],
         group=group,
         ledger=ledger,
     )
-    updates = [orthogonalise(torch.cat(parts)).split(rows[i]) for i, *parts in zip(mine, *pieces, strict=True)]
-    pieces = _exchange(
-        [[update[r] for update in updates] for r in ranks],
-        [[(rows[index][rank], shapes[index][1]) for index in owned_by[r]] for r in ranks],
+    matrices = {index: shards[0].new_empty(spreads[index].shape) for index in mine}
+    for r in ranks:
+        for index, piece in zip([index for index in mine if spoken(index, r)], arrived[r], strict=True):
+            part_of(matrices[index], spreads[index].boxes[r]).copy_(piece)
+    updates = {index: orthogonalise(matrix) for index, matrix in matrices.items()}
+    arrived = _exchange(
+        [[part_of(updates[index], spreads[index].boxes[r]) for index in mine] for r in ranks],
+        [[spreads[index].boxes[rank][1] for index in owned_by[r]] for r in ranks],
         shards[0],
         group=group,
         ledger=ledger,
     )
-    found = {index: piece for r in ranks for index, piece in zip(owned_by[r], pieces[r], strict=True)}
-    return [found[index] for index in range(len(shapes))]
+    found = {index: piece for r in ranks for index, piece in zip(owned_by[r], arrived[r], strict=True)}
+    return [found[index] for index in range(len(shards))]
 
 
 def _exchange(
     outgoing: Sequence[Sequence[Tensor]],
-    shapes: Sequence[Sequence[Shape]],
+    shapes: Sequence[Sequence[tuple[int, ...]]],
     like: Tensor,
     *,
     group: dist.ProcessGroup,
@@ -175,17 +208,11 @@ def _exchange(
     empty = like.new_empty(0)
     flat = torch.cat([empty, *(tensor.reshape(-1) for tensors in outgoing for tensor in tensors)])
     sizes_in = [sum(tensor.numel() for tensor in tensors) for tensors in outgoing]
-    sizes_out = [sum(height * width for height, width in of_rank) for of_rank in shapes]
+    sizes_out = [sum(math.prod(shape) for shape in of_rank) for of_rank in shapes]
     received = like.new_empty(sum(sizes_out))
     all_to_all(received, flat, sizes_out, sizes_in, group=group, ledger=ledger, purpose="muon")
-    parts = iter(received.split([height * width for of_rank in shapes for height, width in of_rank]))
+    parts = iter(received.split([math.prod(shape) for of_rank in shapes for shape in of_rank]))
     return [[next(parts).view(shape) for shape in of_rank] for of_rank in shapes]
-
-
-def shard_rows(num_rows: int, num_ranks: int) -> list[int]:
-    """Rows of each rank's shard, as torch.chunk and FSDP2 cut: the last ranks may have fewer, or none."""
-    chunk = -(-num_rows // num_ranks)
-    return [min(max(num_rows - rank * chunk, 0), chunk) for rank in range(num_ranks)]
 
 
 def flops(shape: Shape) -> int:

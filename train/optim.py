@@ -1,20 +1,18 @@
 """Optimizers over named parameters, and the gradient's norm, for whole and for sharded models."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from armillary.comm.collectives import all_reduce
 from armillary.comm.ledger import Ledger
-from armillary.train.muon import Muon, local_part
+from armillary.parallel.held import EMBEDDING, Held, local
+from armillary.train.muon import Muon, Spread
 from armillary.train.schedule import OptimConfig
-
-WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +21,9 @@ class Optimizers:
 
     optimizers: tuple[Optimizer, ...]
     names: dict[Tensor, str]
-    """Name of each parameter, without wrappers."""
+    """Name of each parameter in the whole model."""
+    after: Callable[[], None] = lambda: None
+    """What an update brings with it."""
 
     def step(self, ratio: float) -> None:
         """Updates every parameter that has a gradient, at `ratio` times each group's peak learning rate."""
@@ -31,6 +31,7 @@ class Optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * ratio
             optimizer.step()
+        self.after()
 
     def zero_grad(self) -> None:
         """Drops all gradients."""
@@ -71,10 +72,30 @@ def _zero_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
     }
 
 
-def build_optimizers(
-    model: nn.Module, config: OptimConfig, *, group: dist.ProcessGroup | None = None, ledger: Ledger | None = None
+def build_optimizers(held: Held, config: OptimConfig) -> Optimizers:
+    """The optimizers of what a rank holds of a model."""
+    parameters, group = held.parameters(), held.ranks.stage
+    plane = held.ranks.plane.size()
+    spreads: dict[Tensor, Spread] = {
+        parameter: Spread.of(held.cuts[name], plane)
+        for name, parameter in parameters.items()
+        if group.size() > 1 and len(held.cuts[name].shape) == 2
+    }
+    return optimizers_of(
+        parameters, config, group=group, ledger=held.ranks.ledger, spreads=spreads, after=held.update_twins
+    )
+
+
+def optimizers_of(
+    parameters: Mapping[str, nn.Parameter],
+    config: OptimConfig,
+    *,
+    group: dist.ProcessGroup | None = None,
+    ledger: Ledger | None = None,
+    spreads: Mapping[Tensor, Spread] | None = None,
+    after: Callable[[], None] = lambda: None,
 ) -> Optimizers:
-    """The optimizers of a model; the plan must have been applied to it already.
+    """The optimizers of parameters by name.
 
     Matrices decay. Norms and biases do not: there a decay only shrinks what the next layer undoes, or a shift.
     Neither do embeddings: smaller ones make the first layers' gradients larger, which ends in loss spikes (Takase et
@@ -82,12 +103,14 @@ def build_optimizers(
     the blocks; its authors leave embedding and output projection to AdamW.
 
     Args:
-        model: whole, or sharded on dim 0 over `group`.
+        parameters: whole, or this rank's shards.
         config: kind and constants.
         group: the ranks that hold the shards; None for one process.
         ledger: counts Muon's bytes.
+        spreads: how the matrices lie on the group's ranks.
+        after: called after each update.
     """
-    hidden, outer, plain = split_parameters(model)
+    hidden, outer, plain = split_parameters(parameters)
     optimizers: list[Optimizer] = []
     if config.kind == "muon":
         if hidden:
@@ -98,6 +121,7 @@ def build_optimizers(
                 weight_decay=config.weight_decay,
                 group=group,
                 ledger=Ledger() if ledger is None else ledger,
+                spreads=spreads,
             )
             optimizers.append(muon)
         decayed = outer
@@ -116,34 +140,27 @@ def build_optimizers(
         for settings in optimizer.param_groups:
             settings["initial_lr"] = settings["lr"]
     names: dict[Tensor, str] = {p: name for part in (hidden, outer, plain) for name, p in part.items()}
-    return Optimizers(tuple(optimizers), names)
+    return Optimizers(tuple(optimizers), names, after)
 
 
 Parameters = dict[str, nn.Parameter]
 
 
-def split_parameters(model: nn.Module) -> tuple[Parameters, Parameters, Parameters]:
+def split_parameters(parameters: Mapping[str, nn.Parameter]) -> tuple[Parameters, Parameters, Parameters]:
     """The trainable parameters by name: matrices inside the blocks, other matrices, and all the rest.
 
-    A block is an entry of a numbered list of modules. The rest are vectors and embeddings. A shared parameter comes
-    once, under its first name.
+    A block is an entry of a numbered list of modules. The rest are vectors and the embedding.
     """
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     hidden: Parameters = {}
     outer: Parameters = {}
     plain: Parameters = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters.items():
         if not parameter.requires_grad:
             continue
         in_block = any(part.isdigit() for part in name.split("."))
-        part = plain if parameter.ndim < 2 or id(parameter) in embeddings else hidden if in_block else outer
-        part[clean_name(name)] = parameter
+        part = plain if parameter.ndim < 2 or name == EMBEDDING else hidden if in_block else outer
+        part[name] = parameter
     return hidden, outer, plain
-
-
-def clean_name(name: str) -> str:
-    """A parameter's name without what torch.compile, checkpoint_wrapper and FSDP put into it."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 @torch.no_grad()
@@ -151,20 +168,18 @@ def gradient_norm(parameters: Iterable[Tensor], *, group: dist.ProcessGroup | No
     """Euclidean norm of the whole gradient, a 0-d tensor, the same on every rank and in every run.
 
     Args:
-        parameters: at least one. DTensors are taken as sharded over `group`, others as whole on every rank.
-        group: the ranks that hold the shards; None for one process.
+        parameters: at least one; the parts, sharded or not, that this rank counts and no other.
+        group: the ranks that together count each element once; None for one process.
         ledger: counts the 8 bytes of the all-reduce, under the purpose "gradient norm".
 
     Returns:
         float32, or float64 for float64 gradients. Not finite if one element is not.
     """
     parameters = list(parameters)
-    gradients = [p.grad for p in parameters if p.grad is not None]
     total = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
-    total = _add_squares(total, [g.to_local() for g in gradients if isinstance(g, DTensor)])
-    if group is not None and any(isinstance(p, DTensor) for p in parameters):
+    total = _add_squares(total, [local(p.grad) for p in parameters if p.grad is not None])
+    if group is not None:
         all_reduce(total, group=group, ledger=ledger, purpose="gradient norm")
-    total = _add_squares(total, [g for g in gradients if not isinstance(g, DTensor)])
     return total.sqrt().to(torch.float64 if parameters[0].dtype == torch.float64 else torch.float32)
 
 
@@ -181,6 +196,6 @@ def _add_squares(total: Tensor, tensors: list[Tensor]) -> Tensor:
 @torch.no_grad()
 def clip_(parameters: Iterable[Tensor], norm: Tensor, max_norm: float) -> None:
     """Scales all gradients in place by min(1, max_norm / (norm + 1e-6)), as torch does; `max_norm` 0 leaves them."""
-    gradients = [local_part(p.grad) for p in parameters if p.grad is not None]
+    gradients = [local(p.grad) for p in parameters if p.grad is not None]
     if max_norm and gradients:
         torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))

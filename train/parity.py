@@ -14,17 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from armillary.comm.ledger import Ledger
 from armillary.kernels.places import Places
 from armillary.parallel.mesh import Ranks, joined_ranks
-from armillary.parallel.partition import whole
-from armillary.train.build import COMPUTE, build_model
+from armillary.train.build import COMPUTE, build_engine
 from armillary.train.config import RunConfig, load_config
 from armillary.train.data import Dataset, micro_batches, prepare
-from armillary.train.engine import Engine
 from armillary.train.failure import guarded, leave
 from armillary.train.model import IGNORE, Transformer, initialise
-from armillary.train.optim import build_optimizers
+from armillary.train.optim import build_optimizers, optimizers_of
 from armillary.train.resolve import resolve
 from armillary.train.schedule import learning_rate_ratio
 
@@ -39,7 +36,7 @@ def trace_one_process(config: RunConfig, dataset: Dataset, steps: int) -> Trace:
     """The oracle: the run on this process alone."""
     model = Transformer(config.model).to(COMPUTE[config.optim.precision])
     initialise(model, config.model.seed)
-    optimizers = build_optimizers(model, config.optim, group=None, ledger=Ledger())
+    optimizers = optimizers_of(dict(model.named_parameters()), config.optim)
     trace: Trace = {}
     for step in range(steps):
         first = step * config.data.batch_size
@@ -67,10 +64,11 @@ def trace_one_process(config: RunConfig, dataset: Dataset, steps: int) -> Trace:
 def trace_ranks(config: RunConfig, dataset: Dataset, steps: int, ranks: Ranks) -> Trace:
     """The run under its plan, by the engine that trains; every rank returns the whole trace."""
     config, _ = resolve(config, ranks)
-    model = build_model(config, ranks)
-    engine = Engine(model, ranks, config.plan.placement)
-    optimizers = build_optimizers(model, config.optim, group=ranks.everyone, ledger=ranks.ledger)
-    gather: dict[str, Any] = {"group": ranks.everyone, "ledger": ranks.ledger, "purpose": "parity"}
+    engine = build_engine(config, ranks)
+    held = engine.held
+    optimizers = build_optimizers(held, config.optim)
+    parameters = held.parameters()
+    dtype = torch.float64 if config.optim.precision == "float64" else torch.float32
     trace: Trace = {}
     for step in range(steps):
         cursor = step * config.data.batch_size
@@ -78,13 +76,13 @@ def trace_ranks(config: RunConfig, dataset: Dataset, steps: int, ranks: Ranks) -
             dataset, cursor, config.data.batch_size, config.optim.micro_batches, ranks.data.rank(), ranks.data.size()
         )
         trace[f"loss/{step}"] = engine.forward_backward(batches)
-        for name, p in model.named_parameters():
-            if p.grad is not None:
-                trace[f"gradient/{step}/{name}"] = whole(p.grad, **gather).clone()
+        for name in held.cuts:
+            gradient = parameters[name].grad if name in parameters else None
+            trace[f"gradient/{step}/{name}"] = held.whole(name, gradient, dtype, "parity")
         engine.clip(engine.gradient_norm(), config.optim.clip_norm)
         optimizers.step(learning_rate_ratio(config.optim, step))
         optimizers.zero_grad()
-    return trace | {f"parameter/{name}": whole(p.detach(), **gather).clone() for name, p in model.named_parameters()}
+    return trace | {f"parameter/{n}": held.whole(n, parameters.get(n), dtype, "parity") for n in held.cuts}
 
 
 def compare(trace: Trace, oracle: Trace) -> dict[str, Any]:

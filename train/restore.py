@@ -9,21 +9,38 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from armillary.parallel.held import Held, local
 from armillary.parallel.mesh import Ranks
 from armillary.train.checkpoint_read import load
 from armillary.train.data import Dataset
-from armillary.train.model import Transformer
+from armillary.train.local_part import DTYPE_NAMES, Local
 from armillary.train.optim import Optimizers
-from armillary.train.shards import few
+from armillary.train.shards import Box, few, whole
 from armillary.train.store import complete, verify
 
 
-def shared_state(model: Transformer, optimizers: Optimizers) -> dict[str, Tensor]:
-    """Weights and optimizer state: what the ranks hold together, whatever their number."""
-    weights: dict[str, Tensor] = {f"model/{name}": parameter for name, parameter in model.named_parameters()}
+def shared_state(held: Held, optimizers: Optimizers) -> dict[str, Local]:
+    """This rank's part of weights and optimizer state: what the ranks hold together, whatever their number and plan."""
     # A gathered copy in the compute dtype must never pass for the weights.
-    assert all(isinstance(weight, DTensor) for weight in weights.values()) or not isinstance(model, FSDPModule)
-    return weights | optimizers.state_tensors()
+    for stage in held.stages:
+        assert not isinstance(stage, FSDPModule) or all(isinstance(p, DTensor) for p in stage.parameters())
+    tensors: dict[str, Tensor] = {f"model/{name}": parameter for name, parameter in held.parameters().items()}
+    return {name: _part(held, name, tensor) for name, tensor in (tensors | optimizers.state_tensors()).items()}
+
+
+def _part(held: Held, name: str, tensor: Tensor) -> Local:
+    """Where a tensor lies that belongs to a parameter: shaped and sharded as it, or a count that all ranks have."""
+    parameter = parameter_of(name)
+    dtype, data = DTYPE_NAMES[tensor.dtype], local(tensor).detach()
+    if tensor.ndim == 0:
+        speaks = held.speaks(parameter) and held.ranks.plane.get_local_rank() == 0
+        return Local(dtype, (), whole(()), data, speaks)
+    return Local(dtype, held.cuts[parameter].shape, Box(*held.box(parameter)), data, held.speaks(parameter))
+
+
+def parameter_of(name: str) -> str:
+    """Of `model/<parameter>` or `optimizer/<key>/<parameter>`, the parameter."""
+    return name.rsplit("/", 1)[-1]
 
 
 def own_state() -> dict[str, Tensor]:
@@ -34,15 +51,20 @@ def own_state() -> dict[str, Tensor]:
     return state
 
 
-def load_state(path: Path, model: Transformer, optimizers: Optimizers, ranks: Ranks) -> dict[str, Any]:
+def load_state(path: Path, held: Held, optimizers: Optimizers) -> dict[str, Any]:
     """Fills model, optimizers and random generators from a checkpoint; returns the facts saved with it.
 
     Raises:
         ValueError: if it is a checkpoint of another model.
     """
     optimizers.create_state()
-    own = own_state()
-    facts = load(path, shared_state(model, optimizers), own, ranks.rank, ranks.num_ranks)
+    own, shared, here = own_state(), shared_state(held, optimizers), held.parameters()
+
+    def elsewhere(name: str) -> bool:
+        return parameter_of(name) in held.cuts and parameter_of(name) not in here
+
+    facts = load(path, shared, own, held.ranks.rank, held.ranks.num_ranks, elsewhere)
+    held.update_twins()
     torch.set_rng_state(own["rng/cpu"])
     if "rng/cuda" in own:
         torch.cuda.set_rng_state(own["rng/cuda"])
@@ -50,10 +72,10 @@ def load_state(path: Path, model: Transformer, optimizers: Optimizers, ranks: Ra
 
 
 @torch.no_grad()
-def weights_are_finite(model: Transformer) -> bool:
+def weights_are_finite(held: Held) -> bool:
     """Whether every weight that this rank holds is a finite number."""
-    held = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
-    return all(bool(torch.isfinite(weight.sum()) or torch.isfinite(weight).all()) for weight in held)
+    weights = map(local, held.parameters().values())
+    return all(bool(torch.isfinite(weight.sum()) or torch.isfinite(weight).all()) for weight in weights)
 
 
 def check_same_data(path: Path, facts: dict[str, Any], dataset: Dataset) -> None:

@@ -11,12 +11,11 @@ import torch
 from filelock import FileLock, Timeout
 
 from armillary.parallel.mesh import Ranks, joined_ranks
-from armillary.train.build import build_model
+from armillary.train.build import build_engine
 from armillary.train.cache import digest
 from armillary.train.checkpoint import Checkpointer
 from armillary.train.config import RunConfig, check_vocabulary, dump_config, load_config
 from armillary.train.data import Batch, Dataset, from_anywhere, held_out_batches, micro_batches, prepare
-from armillary.train.engine import Engine
 from armillary.train.failure import RunStopped
 from armillary.train.guard import Guard, Verdict
 from armillary.train.metrics import Ending
@@ -61,9 +60,9 @@ class Trainer:
         config, self.choices = resolve(config, ranks)
         self.config, self.ranks, self.folder, self.dataset = config, ranks, folder, dataset
         torch.manual_seed(config.model.seed)
-        self.model = build_model(config, ranks)
-        self.engine = Engine(self.model, ranks, config.plan.placement)
-        self.optimizers = build_optimizers(self.model, config.optim, group=ranks.everyone, ledger=ranks.ledger)
+        self.engine = build_engine(config, ranks)
+        self.held = self.engine.held
+        self.optimizers = build_optimizers(self.held, config.optim)
         self.guard = Guard(config.guard)
         self.observer = Observer(config, ranks, folder)
         self.checkpointer = Checkpointer(
@@ -170,7 +169,7 @@ class Trainer:
                 "data": self.dataset.fingerprint,
                 "plan": str(self.config.plan),
             }
-            self.checkpointer.save(step, shared_state(self.model, self.optimizers), own_state(), facts)
+            self.checkpointer.save(step, shared_state(self.held, self.optimizers), own_state(), facts)
 
     def is_sound(self, last: bool) -> bool:
         """Whether this state may replace a checkpoint: the guard accepted the step, and all weights are finite.
@@ -180,7 +179,7 @@ class Trainer:
         Raises:
             RunStopped: if there is no next step to show it.
         """
-        finite = not self.ranks.largest(int(not weights_are_finite(self.model)))
+        finite = not self.ranks.largest(int(not weights_are_finite(self.held)))
         if finite and self.guard.skips == 0:
             return True
         reason = "was skipped" if finite else "left weights that are not finite"
@@ -204,7 +203,7 @@ class Trainer:
         )
         if path is None:
             return None
-        facts = load_state(path, self.model, self.optimizers, self.ranks)
+        facts = load_state(path, self.held, self.optimizers)
         check_same_data(path, facts, self.dataset)
         self.progress = Progress(**facts["progress"])
         return facts

@@ -3,11 +3,9 @@
 import pytest
 import torch
 
-from armillary.comm.ledger import Ledger
 from armillary.parallel.mesh import make_ranks
-from armillary.parallel.partition import whole
 from armillary.parallel.plan import Partition, Plan
-from armillary.train.build import build_model
+from armillary.train.build import build_engine
 from armillary.train.config import RunConfig
 from armillary.train.model import Transformer, initialise
 from armillary.train.model_shape import ModelConfig
@@ -21,7 +19,8 @@ LENGTH = 9
 def sharded_step(rank: int, num_ranks: int, num_micro_batches: int, weights: str) -> tuple[float, dict[str, int], int]:
     ranks = make_ranks(Plan(dp=num_ranks), torch.device("cpu"))
     optim = OptimConfig(precision="float64")
-    model = build_model(RunConfig(model=SHAPE, optim=optim, partition=Partition(weights=weights)), ranks)
+    held = build_engine(RunConfig(model=SHAPE, optim=optim, partition=Partition(weights=weights)), ranks).held
+    model = held.stages[0]
     one = Transformer(SHAPE).double()
     initialise(one, SHAPE.seed)
     generator = torch.Generator().manual_seed(0)
@@ -36,11 +35,10 @@ def sharded_step(rank: int, num_ranks: int, num_micro_batches: int, weights: str
     moved = ranks.ledger.by_purpose()
 
     worst = 0.0
-    check = {"group": ranks.everyone, "ledger": Ledger(), "purpose": "test"}
-    for (name, mine), (other, expected) in zip(model.named_parameters(), one.named_parameters(), strict=True):
+    for (name, mine), (other, expected) in zip(held.parameters().items(), one.named_parameters(), strict=True):
         assert name == other
-        assert torch.equal(whole(mine.detach(), **check), expected.detach()), name
-        difference = (whole(mine.grad, **check) - expected.grad).abs().max()
+        assert torch.equal(held.whole(name, mine.detach(), torch.float64, "test"), expected.detach()), name
+        difference = (held.whole(name, mine.grad, torch.float64, "test") - expected.grad).abs().max()
         worst = max(worst, float(difference / expected.grad.abs().max()))
     return worst, moved, predicted_bytes(one, num_ranks, num_micro_batches, weights)
 

@@ -82,7 +82,7 @@ def test_every_mistake_is_told_at_once_with_its_place(tmp_path):
         ("[plan]\ncontext_level = 2", 'plan.context_level: is for plan.context = "hybrid"'),
         ('[plan]\ncp = 3\ncontext = "hybrid"\ncontext_level = 2', "plan.context_level: is 2, which does not divide"),
         ('[plan]\ncontext = "rings"', "plan.context: should be 'ring', 'bidirectional_ring'"),
-        ("[plan]\nzz = 2", "plan.zz: unknown key; allowed here: dp, cp, context"),
+        ("[plan]\nzz = 2", "plan.zz: unknown key; allowed here: pp, dp, cp, tp, schedule"),
         ("[model]\nrope_scaling = 3", "model.rope_scaling: "),
         ('[[data.sources]]\npath = "x"\nwieght = 2', "data.sources[0].wieght: unknown key; did you mean"),
         ("data = 3", "data: "),

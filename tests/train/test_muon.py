@@ -14,14 +14,19 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from armillary.comm.ledger import Ledger
+from armillary.parallel.cut import Cut
 from armillary.train import muon
-from armillary.train.muon import Muon, flops, orthogonalise, plan_buckets, shard_rows
+from armillary.train.muon import Muon, flops, orthogonalise, plan_buckets
 
 SETTINGS: dict[str, Any] = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1}
 # Rows that divide nothing; fewer rows than ranks; tall, wide, equal ones.
 SHAPES = [(7, 5), (1, 6), (2, 9), (16, 4), (5, 5), (5, 5), (3, 11), (13, 8)]
 BUCKETS = (60, 32 * 2**20)
 shapes_lists = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), max_size=30)
+
+
+def shard_rows(num_rows: int, num_ranks: int) -> list[int]:
+    return [Cut.whole((num_rows, 1)).shard(0, rank, num_ranks)[1][0] for rank in range(num_ranks)]
 
 
 def random(shape: tuple[int, ...], seed: int) -> Tensor:

@@ -15,7 +15,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from armillary.comm.ledger import Ledger
-from armillary.train.optim import build_optimizers, clean_name, clip_, gradient_norm, split_parameters
+from armillary.parallel.held import clean_name
+from armillary.train.optim import clip_, gradient_norm, optimizers_of, split_parameters
 from armillary.train.schedule import OptimConfig
 
 BLOCK = {"blocks.0.up.weight", "blocks.0.down.weight", "blocks.1.up.weight", "blocks.1.down.weight"}
@@ -53,6 +54,10 @@ class Tiny(nn.Module):
         return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
 
 
+def named(model: nn.Module) -> dict[str, nn.Parameter]:
+    return dict(model.named_parameters())
+
+
 def tokens(step: int) -> Tensor:
     return torch.randint(11, (12, 6), generator=torch.Generator().manual_seed(step))
 
@@ -82,7 +87,7 @@ def as_arrays(tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_matrices_decay_and_vectors_and_embeddings_do_not(tied: bool) -> None:
-    hidden, outer, plain = split_parameters(Tiny(tied))
+    hidden, outer, plain = split_parameters(named(Tiny(tied)))
     assert set(hidden) == BLOCK
     assert set(outer) == (set() if tied else {"output.weight"})
     assert set(plain) == VECTORS | {"embedding.weight"}
@@ -90,7 +95,7 @@ def test_matrices_decay_and_vectors_and_embeddings_do_not(tied: bool) -> None:
 
 @pytest.mark.parametrize(("kind", "tied"), [("adamw", False), ("adamw", True), ("muon", False), ("muon", True)])
 def test_each_parameter_has_one_optimizer_and_its_decay(kind: str, tied: bool) -> None:
-    optimizers = build_optimizers(Tiny(tied), config(kind))
+    optimizers = optimizers_of(named(Tiny(tied)), config(kind))
     found = {
         optimizers.names[p]: (type(o).__name__, g["weight_decay"], g["initial_lr"])
         for o in optimizers.optimizers
@@ -105,12 +110,12 @@ def test_each_parameter_has_one_optimizer_and_its_decay(kind: str, tied: bool) -
 def test_frozen_parameters_are_left_out() -> None:
     model = Tiny()
     model.embedding.requires_grad_(False)
-    assert "embedding.weight" not in build_optimizers(model, config("adamw")).names.values()
+    assert "embedding.weight" not in optimizers_of(named(model), config("adamw")).names.values()
 
 
 def test_adamw_steps_as_torch_does() -> None:
     model, twin = Tiny(), Tiny()
-    optimizers = build_optimizers(model, config("adamw"))
+    optimizers = optimizers_of(named(model), config("adamw"))
     decays = [p for n, p in twin.named_parameters() if n in BLOCK or n == "output.weight"]
     others = [p for n, p in twin.named_parameters() if not (n in BLOCK or n == "output.weight")]
     groups = [{"params": decays, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
@@ -132,7 +137,7 @@ def test_adamw_steps_as_torch_does() -> None:
 def test_created_state_is_what_a_first_step_creates(kind: str, dtype: torch.dtype) -> None:
     model, stepped = Tiny().to(dtype), Tiny().to(dtype)
     before = as_arrays(dict(model.named_parameters()))
-    fresh, used = build_optimizers(model, config(kind)), build_optimizers(stepped, config(kind))
+    fresh, used = optimizers_of(named(model), config(kind)), optimizers_of(named(stepped), config(kind))
     assert fresh.state_tensors() == {}
     fresh.create_state()
     train(stepped, used, range(1), slice(None))
@@ -155,13 +160,13 @@ def test_created_state_is_what_a_first_step_creates(kind: str, dtype: torch.dtyp
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(kind: str) -> None:
     unbroken = Tiny().float()
-    optimizers = build_optimizers(unbroken, config(kind))
+    optimizers = optimizers_of(named(unbroken), config(kind))
     train(unbroken, optimizers, range(3), slice(None))
     saved = as_arrays(dict(unbroken.named_parameters()) | optimizers.state_tensors())
     train(unbroken, optimizers, range(3, 6), slice(None))
 
     resumed = Tiny().float()
-    optimizers = build_optimizers(resumed, config(kind))
+    optimizers = optimizers_of(named(resumed), config(kind))
     optimizers.create_state()
     with torch.no_grad():
         for name, tensor in (dict(resumed.named_parameters()) | optimizers.state_tensors()).items():
@@ -180,7 +185,7 @@ def train_sharded(rank: int) -> list[tuple[list[float], dict[str, np.ndarray]]]:
             fully_shard(module, mesh=mesh)
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-        optimizers = build_optimizers(model, config(kind), group=mesh.get_group(), ledger=Ledger())
+        optimizers = optimizers_of(named(model), config(kind), group=mesh.get_group(), ledger=Ledger())
         optimizers.create_state()
         share = 12 // num_ranks
         norms = train(model, optimizers, range(4), slice(rank * share, (rank + 1) * share), mesh.get_group())
@@ -195,7 +200,7 @@ def test_sharded_training_equals_one_process(world: Callable[..., list[Any]], ra
     results = world(train_sharded, ranks)
     for case, kind in enumerate(("adamw", "muon")):
         model = Tiny()
-        optimizers = build_optimizers(model, config(kind))
+        optimizers = optimizers_of(named(model), config(kind))
         norms = train(model, optimizers, range(4), slice(None))
         expected = as_arrays(dict(model.named_parameters()) | optimizers.state_tensors())
         for rank in range(ranks):
@@ -257,10 +262,11 @@ def norm_of_a_mixture(rank: int) -> float:
     sharded.grad = distribute_tensor(torch.full((3, 2), 2.0), mesh, [Shard(0)])
     whole = torch.zeros(4)
     whole.grad = torch.full((4,), 3.0)
-    return gradient_norm([sharded, whole], group=mesh.get_group(), ledger=Ledger()).item()
+    counted = [sharded, whole] if rank == 0 else [sharded]
+    return gradient_norm(counted, group=mesh.get_group(), ledger=Ledger()).item()
 
 
-def test_whole_parameters_count_once_beside_sharded_ones(world: Callable[..., list[Any]]) -> None:
+def test_what_all_ranks_hold_is_counted_by_one(world: Callable[..., list[Any]]) -> None:
     assert world(norm_of_a_mixture, 2) == pytest.approx([(6 * 4 + 4 * 9) ** 0.5] * 2)
 
 

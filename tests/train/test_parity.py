@@ -58,6 +58,7 @@ def errors(rank: int, folder: Path, overrides: list[str], break_it: str = "") ->
 def sabotage(what: str, rank: int) -> None:
     """Mistakes that real frameworks have made."""
     from armillary.comm import collectives
+    from armillary.parallel import serial
     from armillary.train import engine, parity
 
     honest = collectives.reduce_scatter
@@ -81,7 +82,7 @@ def sabotage(what: str, rank: int) -> None:
     elif what == "a wrong count":
         engine.count_labels = mean_of_means
     elif what == "micro-batches not synchronised":
-        engine.Engine._sync_gradients = lambda self, sync: self.model.set_requires_gradient_sync(not sync)
+        serial.Serial._sync_gradients = lambda self, sync: self.model.set_requires_gradient_sync(not sync)
     elif what == "a document's border":
         parity.micro_batches = lambda *arguments: [
             type(batch)(batch.tokens, batch.labels, batch.positions, batch.documents * 0)

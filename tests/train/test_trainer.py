@@ -187,7 +187,7 @@ def poisoned(rank: int, folder: Path, run: str, bad_steps: dict[int, int]) -> li
         loss = honest(batches)
         if bad_steps.get(trainer.progress.step, 0) > 0:
             bad_steps[trainer.progress.step] -= 1
-            for parameter in trainer.model.parameters():
+            for parameter in trainer.held.parameters().values():
                 parameter.grad.to_local().fill_(math.nan)
         return loss
 
@@ -198,7 +198,7 @@ def poisoned(rank: int, folder: Path, run: str, bad_steps: dict[int, int]) -> li
     except RunStopped as stop:
         before.append(str(stop))
     trainer.observer.close("finished")
-    assert all(torch.isfinite(parameter.to_local()).all() for parameter in trainer.model.parameters())
+    assert all(torch.isfinite(parameter.to_local()).all() for parameter in trainer.held.parameters().values())
     return [*before, json.dumps([trainer.progress.step, trainer.progress.cursor])]
 
 
@@ -239,7 +239,7 @@ def overflowing(rank: int, folder: Path, bad_step: int) -> list[object]:
     def step(ratio):
         honest(ratio)
         if trainer.progress.step == bad_step and left and left.pop():
-            next(trainer.model.parameters()).data.to_local().fill_(math.inf)
+            next(iter(trainer.held.parameters().values())).data.to_local().fill_(math.inf)
 
     trainer.optimizers.__dict__["step"] = step
     said = ""
