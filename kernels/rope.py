@@ -94,6 +94,9 @@ def _turn_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tu
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = (half.to(cos.dtype) for half in x.chunk(2, dim=-1))
+    if torch.compiler.is_compiling():
+        # torch 2.13 loses what is written into halves of a tensor; and a compiler fuses this anyway.
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
     out = torch.empty(x.shape, dtype=cos.dtype, device=x.device)
     out_first, out_second = out.chunk(2, dim=-1)
     torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)

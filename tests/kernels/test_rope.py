@@ -123,3 +123,13 @@ def test_shapes_that_do_not_fit_are_refused(changed: str) -> None:
     cos, sin = tables(positions, frequencies(6, 100.0), torch.float64)
     with pytest.raises(ValueError, match="q, k, cos, sin have shapes"):
         rotate_qk(q, k, cos, sin[:, :1] if changed == "tables" else sin)
+
+
+def test_compiled_it_turns_the_same() -> None:
+    """torch 2.13 loses what eager code writes into halves of a tensor, without a word."""
+    q, k = leaves((2, 5, 4, 6), (2, 5, 2, 6))
+    cos, sin = tables(torch.arange(5).expand(2, 5), frequencies(6, 100.0), torch.float64)
+    for got, want in zip(
+        torch.compile(rotate_qk, backend="aot_eager")(q, k, cos, sin), rotate_qk(q, k, cos, sin), strict=True
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
