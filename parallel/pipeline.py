@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from armillary.comm.ledger import Ledger
+from armillary.parallel import pipeline_fsdp
 from armillary.parallel.part import Part
 from armillary.parallel.pipeline_mail import Letter, Mail
 from armillary.parallel.pipeline_runtime import Runtime
@@ -105,7 +106,7 @@ class Pipeline:
         """Forward only: the SUM of the loss, 0-d, or 0 where the rank does not hold the last stage.
 
         Every rank of the group calls it as often, with the same parts in the same order. Afterwards FSDP stages are
-        still gathered; who goes on to change or save their weights reshards them first.
+        still gathered, so that they are gathered once for many parts: call `reshard` after the last.
         """
         result = torch.zeros((), device=self._mail.device, dtype=torch.float64)
         shape = self._stages[0].hidden(part.places)
@@ -122,6 +123,11 @@ class Pipeline:
                 self._mail.send(Letter(index, 0, True), x)
         self._mail.settle_all()
         return result
+
+    def reshard(self) -> None:
+        """Frees the weights that an evaluation has gathered."""
+        for stage in self._stages:
+            pipeline_fsdp.reshard(stage.submod)
 
     @property
     def is_clear(self) -> bool:

@@ -25,6 +25,13 @@ def stay_gathered(stage: nn.Module) -> None:
         stage.set_reshard_after_forward(False)
 
 
+def reshard(stage: nn.Module) -> None:
+    """Frees what is gathered. FSDP2's own reshard takes one module at a time."""
+    for module in stage.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def widen(stage: nn.Module) -> None:
     """Moves gradients that were added outside a backward pass into the wide sums that FSDP keeps between passes."""
     if isinstance(stage, FSDPModule):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 from torch.autograd.function import once_differentiable
 
 Owed = list[tuple[Tensor, Tensor | None, Tensor, Tensor]]
@@ -31,13 +32,21 @@ class Later:
 def split_backward(module: nn.Module) -> Later:
     """Makes the linear layers of a module able to put off their weights' gradients; returns where they do.
 
-    Layers whose `forward` is not `nn.Linear`'s own compute all at once, as before. Parameters and names stay.
+    Layers whose `forward` is not `nn.Linear`'s own, and those inside a compiled module, compute all at once, as before:
+    then the first part does everything and the second nothing. Parameters and names stay.
     """
     later = Later()
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward:
-            layer.forward = partial(_forward, layer, later)  # type: ignore[method-assign]
+    _split(module, later)
     return later
+
+
+def _split(module: nn.Module, later: Later) -> None:
+    if isinstance(module, OptimizedModule) or module._compiled_call_impl is not None:
+        return
+    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+        module.forward = partial(_forward, module, later)  # type: ignore[method-assign]
+    for child in module.children():
+        _split(child, later)
 
 
 def _forward(layer: nn.Linear, later: Later, x: Tensor) -> Tensor:

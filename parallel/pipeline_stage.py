@@ -55,6 +55,8 @@ class Stage:
         self.parts, self.divisor = parts, divisor
         self.total = torch.zeros((), device=self.device, dtype=torch.float64)
         self.clear_runtime_states()
+        # An evaluation may have left weights gathered that have changed since.
+        pipeline_fsdp.reshard(self.submod)
         pipeline_fsdp.hold(self.submod)
 
     def clear_runtime_states(self) -> None:

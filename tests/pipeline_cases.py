@@ -67,7 +67,7 @@ def whole_model(case: Case, num_stages: int) -> Transformer:
 
 def layers_of(stage: int, num_stages: int) -> range:
     """One a stage, and two in the first: the model has one layer more than stages."""
-    return range(0, 2) if stage == 0 else range(stage + 1, stage + 2)
+    return range(2) if stage == 0 else range(stage + 1, stage + 2)
 
 
 def parts_of(case: Case, step: int, copy_number: int = 0) -> list[Part]:
@@ -156,6 +156,7 @@ def run_pipeline(
         assert pipeline.is_clear
     sums = [float(pipeline.loss(part)) for part in parts_of(case, case.steps)]
     assert pipeline.is_clear
+    pipeline.reshard()
     gradients: dict[str, np.ndarray] = {}
     for stage in stages:
         for name, parameter in stage.named_parameters():
