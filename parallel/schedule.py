@@ -1,12 +1,26 @@
 """Pipeline schedules by name: `plan.schedule`."""
 
+from collections.abc import Sequence
+
 from armillary.parallel.schedule_actions import Action, Schedule, Shape, place_stages
 from armillary.parallel.schedule_check import check
+from armillary.parallel.schedule_simulator import Costs, even_costs
 from armillary.parallel.schedule_stock import DEFAULT_STAGES, GENERATORS, ONLY_STAGES, SHAPES, stock_schedule
+from armillary.parallel.schedule_synthesis import synthesise
 
-__all__ = ["Action", "SCHEDULES", "Schedule", "Shape", "check", "place_stages", "schedule_named", "stages_per_rank_of"]
+__all__ = [
+    "SCHEDULES",
+    "Action",
+    "Schedule",
+    "check",
+    "place_stages",
+    "schedule_named",
+    "shape_of",
+    "stages_per_rank_of",
+]
 
-SCHEDULES = tuple(GENERATORS)
+SYNTHESISED = "synthesised"
+SCHEDULES = (*GENERATORS, SYNTHESISED)
 
 
 def stages_per_rank_of(name: str, stages_per_rank: int = 0) -> int:
@@ -17,7 +31,7 @@ def stages_per_rank_of(name: str, stages_per_rank: int = 0) -> int:
     """
     if name not in SCHEDULES:
         raise ValueError(f'plan.schedule = "{name}" is not a schedule; there are: {", ".join(SCHEDULES)}')
-    wanted = stages_per_rank or DEFAULT_STAGES[name]
+    wanted = stages_per_rank or DEFAULT_STAGES.get(name, 2)
     if wanted < 1:
         raise ValueError(f"plan.stages_per_rank = {wanted} must be at least 1; leave it out for the schedule's own")
     only = ONLY_STAGES.get(name, wanted)
@@ -31,11 +45,23 @@ def stages_per_rank_of(name: str, stages_per_rank: int = 0) -> int:
 
 
 def shape_of(name: str) -> Shape:
-    """How a schedule lays the stages on the ranks."""
-    return SHAPES.get(name, "loop")
+    """How a schedule lays the stages on the ranks.
+
+    A schedule made to measure lays them as a V: the way back up costs a hop less, and the first and the last stage are
+    on one rank, so that a matrix tied between embedding and head is there once.
+    """
+    return "v" if name == SYNTHESISED else SHAPES.get(name, "loop")
 
 
-def schedule_named(name: str, num_ranks: int, num_micro_batches: int, stages_per_rank: int = 0) -> Schedule:
+def schedule_named(
+    name: str,
+    num_ranks: int,
+    num_micro_batches: int,
+    stages_per_rank: int = 0,
+    costs: Costs | None = None,
+    limits: Sequence[float] | None = None,
+    split: bool = True,
+) -> Schedule:
     """The schedule of a plan, checked.
 
     Args:
@@ -43,9 +69,11 @@ def schedule_named(name: str, num_ranks: int, num_micro_batches: int, stages_per
         num_ranks: pipeline ranks, `plan.pp`.
         num_micro_batches: `optim.micro_batches`; any number from 1 on.
         stages_per_rank: 0 for what is usual for the schedule.
+        costs, limits, split: what `synthesise` takes, for `synthesised`; the others ignore them. Without costs, F, I
+            and W of each stage take equally long. All ranks have to give the same numbers.
 
     Raises:
-        ValueError: if there is no such schedule, or it does not allow so many stages.
+        ValueError: if there is no such schedule, it does not allow so many stages, or the limits are too low.
     """
     per_rank = stages_per_rank_of(name, stages_per_rank)
     if num_ranks < 1 or num_micro_batches < 1:
@@ -53,6 +81,10 @@ def schedule_named(name: str, num_ranks: int, num_micro_batches: int, stages_per
             f'plan.schedule = "{name}" needs plan.pp and optim.micro_batches of at least 1, not {num_ranks} and '
             f"{num_micro_batches}"
         )
+    if name == SYNTHESISED:
+        stage_ranks = place_stages(num_ranks, per_rank, shape_of(name))
+        known = costs or even_costs(len(stage_ranks))
+        return synthesise(stage_ranks, num_micro_batches, known, limits, split).schedule
     schedule = stock_schedule(name, num_ranks, num_micro_batches, per_rank)
     check(schedule)
     return schedule

@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch_schedules import run_dry, torch_actions, torch_order
 
-from armillary.parallel.schedule import SCHEDULES, Action, check, place_stages, schedule_named
-from armillary.parallel.schedule_stock import ONLY_STAGES
+from armillary.parallel.schedule import SCHEDULES, Action, check, place_stages, schedule_named, shape_of
+from armillary.parallel.schedule_stock import GENERATORS, ONLY_STAGES
 
 
 @st.composite
-def plans(draw, names=SCHEDULES, most_ranks=8, most=20):
+def plans(draw, names=tuple(GENERATORS), most_ranks=8, most=20):
     name = draw(st.sampled_from(names))
     per_rank = ONLY_STAGES.get(name) or draw(st.integers(1, 4))
     return name, draw(st.integers(1, most_ranks)), draw(st.integers(1, most)), per_rank
@@ -65,7 +65,7 @@ def test_an_action_is_written_as_torch_writes_it():
 
 def test_which_schedules_split_the_backward():
     split = {name for name in SCHEDULES if schedule_named(name, 4, 8).splits_backward}
-    assert split == {"zb1p", "zbv", "dualpipev"}
+    assert split == {"zb1p", "zbv", "dualpipev", "synthesised"}
 
 
 def test_a_v_turns_round_at_both_ends():
@@ -83,6 +83,15 @@ def test_numbers_that_a_schedule_does_not_have_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             schedule_named(*arguments)
+
+
+def test_a_synthesised_schedule_is_a_v():
+    schedule = schedule_named("synthesised", 3, 5)
+    assert shape_of("synthesised") == "v"
+    assert schedule.stage_ranks == (0, 1, 2, 2, 1, 0)
+    assert schedule.name == "synthesised"
+    assert schedule_named("synthesised", 3, 5, 1).stage_ranks == (0, 1, 2)
+    assert not schedule_named("synthesised", 3, 5, split=False).splits_backward
 
 
 def broken(edit):
