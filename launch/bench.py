@@ -13,6 +13,7 @@ BENCHMARKS = {
     "attention": "armillary.launch.bench_attention",
     "context": "armillary.launch.bench_context",
     "gpu": "armillary.launch.bench_gpu",
+    "pipeline": "armillary.launch.bench_pipeline",
     "train": "armillary.launch.bench_train",
 }
 """Module of each benchmark. What `run_benchmark` runs has `rows(repetitions) -> list[Row]`; the others have verbs that

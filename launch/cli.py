@@ -273,6 +273,20 @@ def bench_context(
     _write(output, result)
 
 
+@bench.command("pipeline")
+def bench_pipeline(
+    ranks: Annotated[str, typer.Option(metavar="LIST", help="pipeline ranks of the cases")] = "4,8,16",
+    effort: Annotated[int, typer.Option(min=1, help="schedules tried for each case")] = 120,
+    picture: Annotated[Path | None, typer.Option(metavar="FILE", help="draw some timelines as a PNG")] = None,
+    output: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Pipeline schedules made to measure beside the known ones, simulated: bubbles, memory, distance from the bound."""
+    from armillary.launch.bench_pipeline import measure, read_ranks
+
+    _write(output, measure(read_ranks(ranks), effort, picture))
+
+
 @bench.command("gpu")
 def bench_gpu(
     repetitions: Repetitions = 20,
