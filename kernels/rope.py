@@ -65,6 +65,8 @@ def rotate_qk(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, T
             f"q, k, cos, sin have shapes {shapes}; they must be two of (batch, seq, any, head_dim) and two of "
             "(batch or 1, seq, 1, head_dim / 2)"
         )
+    if torch.compiler.is_compiling():  # which fuses it with its neighbours
+        return _turn(q, cos, sin), _turn(k, cos, sin)
     return _RotateQK.apply(q, k, cos, sin)
 
 

@@ -18,6 +18,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(f"gate {tuple(gate.shape)} {gate.dtype} and up {tuple(up.shape)} {up.dtype} must be alike")
+    if torch.compiler.is_compiling():  # which fuses it with its neighbours
+        return torch.nn.functional.silu(gate) * up
     return _SwiGLU.apply(gate, up)
 
 

@@ -22,7 +22,7 @@ Stages = Sequence[tuple[int, int]]
 def apply(
     make: Callable[[], nn.Module],
     plan: Plan,
-    partition: Partition,
+    partition: Partition | None,
     stages: Stages,
     ranks: Ranks,
     compute: torch.dtype,
@@ -38,6 +38,7 @@ def apply(
 
     Args:
         make: a new whole model on the meta device, in the weights' dtype.
+        partition: None leaves it to another engine.
         stages: of the pipeline; one if there is none.
         compute: dtype of forward and backward.
     """
@@ -59,7 +60,12 @@ def apply(
 
 
 def _apply_to_stage(
-    model: nn.Module, cuts: dict[str, Cut], plan: Plan, partition: Partition, ranks: Ranks, compute: torch.dtype
+    model: nn.Module,
+    cuts: dict[str, Cut],
+    plan: Plan,
+    partition: Partition | None,
+    ranks: Ranks,
+    compute: torch.dtype,
 ) -> None:
     blocks: list[nn.Module] = list(model.blocks.values())  # type: ignore[operator]
     if plan.tp > 1:
@@ -81,6 +87,11 @@ def _apply_to_stage(
     for block in blocks:
         block.recompute = plan.recompute  # type: ignore[assignment]
         if plan.compile:
+            # It works on tables of the host, which a compiler would take for constants: the graph breaks there.
+            core: nn.Module = block.attention.core  # type: ignore[assignment, union-attr]
+            core.forward = torch.compiler.disable(core.forward)  # type: ignore[method-assign]
             block.compile()
+    if partition is None:
+        return
     if ranks.plane.size() > 1 or any(parameter.dtype != compute for parameter in model.parameters()):
         shard(model, blocks, partition, mesh=ranks.plane, compute=compute, ledger=ranks.ledger)
