@@ -33,7 +33,7 @@ def _part(held: Held, name: str, tensor: Tensor) -> Local:
     parameter = parameter_of(name)
     dtype, data = DTYPE_NAMES[tensor.dtype], local(tensor).detach()
     if tensor.ndim == 0:
-        speaks = held.speaks(parameter) and held.ranks.plane.get_local_rank() == 0
+        speaks = held.ranks.stage.rank() == 0
         return Local(dtype, (), whole(()), data, speaks)
     return Local(dtype, held.cuts[parameter].shape, Box(*held.box(parameter)), data, held.speaks(parameter))
 
@@ -55,19 +55,44 @@ def load_state(path: Path, held: Held, optimizers: Optimizers) -> dict[str, Any]
     """Fills model, optimizers and random generators from a checkpoint; returns the facts saved with it.
 
     Raises:
-        ValueError: if it is a checkpoint of another model.
+        ValueError: on all ranks, if one finds that it is a checkpoint of another model, or cannot read it.
     """
     optimizers.create_state()
-    own, shared, here = own_state(), shared_state(held, optimizers), held.parameters()
-
-    def elsewhere(name: str) -> bool:
-        return parameter_of(name) in held.cuts and parameter_of(name) not in here
-
-    facts = load(path, shared, own, held.ranks.rank, held.ranks.num_ranks, elsewhere)
-    held.update_twins()
+    own = own_state()
+    facts = _load_together(path, held, shared_state(held, optimizers), own, ("model/", "optimizer/"))
     torch.set_rng_state(own["rng/cpu"])
     if "rng/cuda" in own:
         torch.cuda.set_rng_state(own["rng/cuda"])
+    return facts
+
+
+def load_weights(path: Path, held: Held) -> dict[str, Any]:
+    """Fills the model alone; otherwise as `load_state`."""
+    shared = {f"model/{name}": _part(held, name, parameter) for name, parameter in held.parameters().items()}
+    return _load_together(path, held, shared, {}, ("model/",))
+
+
+def _load_together(
+    path: Path, held: Held, shared: dict[str, Local], own: dict[str, Tensor], kinds: tuple[str, ...]
+) -> dict[str, Any]:
+    """`load` on every rank, all of which go on, or none. What is of other kinds is left alone."""
+    ranks, here = held.ranks, held.parameters()
+
+    def elsewhere(name: str) -> bool:
+        others = parameter_of(name) in held.cuts and parameter_of(name) not in here
+        return others or not name.startswith(kinds)
+
+    facts: dict[str, Any] = {}
+    problem = ""
+    try:
+        facts = load(path, shared, own, ranks.rank, ranks.num_ranks, elsewhere)
+    except (ValueError, OSError) as error:
+        problem = str(error)
+    # What differs may lie on one rank alone: the others would wait for it for ever.
+    finder = ranks.largest(ranks.rank if problem else -1)
+    if finder >= 0:
+        raise ValueError(ranks.agree(problem, source=finder))
+    held.update_twins()
     return facts
 
 
