@@ -6,6 +6,7 @@ same bits in every run.
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -75,14 +76,38 @@ def reduce_scatter(
     gloo's own reduce-scatter is an all-reduce that moves twice the bytes, so on CPU the pieces are exchanged and
     summed here, in rank order.
     """
-    num_ranks = group.size()
-    ledger.record(purpose, "reduce_scatter", (num_ranks - 1) * _size(output))
-    if input.device.type != "cpu":
-        return _reduce_scatter_flat(output, input, group=group)
-    pieces = torch.empty_like(input)
-    dist.all_to_all_single(pieces, input, group=group)
-    torch.sum(pieces.view(num_ranks, -1), dim=0, out=output.view(-1))
+    start_reduce_scatter(output, input, group=group, ledger=ledger, purpose=purpose, async_op=False).wait()
     return None
+
+
+@dataclass
+class Scattering:
+    """A reduce-scatter under way, with what must live until it ends."""
+
+    work: dist.Work | None
+    output: Tensor
+    input: Tensor
+    pieces: Tensor | None
+    """On the CPU what all ranks have of this one's piece, (ranks, elements)."""
+
+    def wait(self) -> None:
+        """Ends it: on the CPU sums the pieces, on a GPU makes the current stream wait."""
+        if self.work is not None:
+            self.work.wait()
+        if self.pieces is not None:
+            torch.sum(self.pieces, dim=0, out=self.output.view(-1))
+
+
+def start_reduce_scatter(
+    output: Tensor, input: Tensor, *, group: dist.ProcessGroup, ledger: Ledger, purpose: str, async_op: bool = True
+) -> Scattering:
+    """`reduce_scatter` that runs while the caller computes; `input` must not change before `wait`."""
+    ledger.record(purpose, "reduce_scatter", (group.size() - 1) * _size(output))
+    if input.device.type != "cpu":
+        return Scattering(_reduce_scatter_flat(output, input, group=group, async_op=async_op), output, input, None)
+    pieces = torch.empty_like(input)
+    work = dist.all_to_all_single(pieces, input, group=group, async_op=async_op)
+    return Scattering(work, output, input, pieces.view(group.size(), -1))
 
 
 def broadcast_text(

@@ -12,8 +12,9 @@ from torch import nn
 from armillary.comm.ledger import Ledger
 from armillary.parallel.cut import Cut
 from armillary.parallel.tensor_cuts import first_kv_head, hidden_shape, tensor_cuts
+from armillary.parallel.tensor_project import Enter, Pick
 from armillary.parallel.tensor_replicas import sum_replicas
-from armillary.parallel.tensor_stream import Enter, Leave, Stream
+from armillary.parallel.tensor_stream import Leave, Stream
 from armillary.parallel.tensor_vocabulary import VocabEmbedding, VocabHead
 
 __all__ = ["apply_tensor", "first_kv_head", "hidden_shape", "sum_replicas", "tensor_cuts"]
@@ -38,8 +39,11 @@ def apply_tensor(model: nn.Module, cuts: dict[str, Cut], *, group: dist.ProcessG
         layer, _, last = name.rpartition(".")
         _shrink(model.get_submodule(layer), last, cuts[name].local_shape(rank))
     for block in model.blocks.values():  # type: ignore[operator]
-        for part in (block.attention, block.ffn):
-            part.enter, part.leave = Enter(stream), Leave(stream)
+        for part, names in ((block.attention, ("query", "key", "value")), (block.ffn, ("gate", "up"))):
+            picks = [Pick.of(getattr(part, name), number) for number, name in enumerate(names)]
+            for name, pick in zip(names, picks, strict=True):
+                setattr(part, name, pick)
+            part.enter, part.leave = Enter(picks, stream), Leave(stream)
     if model.embedding is not None:
         first, _ = cuts["embedding.weight"].parts[rank]
         model.embedding = VocabEmbedding(model.embedding.weight, first, stream)  # type: ignore[arg-type,union-attr]

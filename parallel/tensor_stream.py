@@ -8,6 +8,7 @@ What travels has the dtype of the stream. On the CPU it is added in float32 and 
 differs from one process's by the rounding of the summands alone; NCCL rounds at each of its hops.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from armillary.comm.collectives import all_gather, reduce_scatter
+from armillary.comm.collectives import all_gather, start_reduce_scatter
 from armillary.comm.ledger import Ledger
 from armillary.parallel.tensor_cuts import hidden_shape
 
@@ -51,15 +52,25 @@ class Stream:
         return full[: grid[0] * grid[1]].view(*grid, -1)
 
     def scatter(self, x: Tensor) -> Tensor:
+        return self.start_scatter(x)()
+
+    def start_scatter(self, x: Tensor) -> Callable[[], Tensor]:
+        """Starts to add up partial sums (batch, seq, dim); call what it returns to wait for the rank's own tokens."""
         num_ranks = self.group.size()
         flat = x.reshape(-1, x.shape[-1])
         out = x.new_empty(hidden_shape((x.shape[0], x.shape[1]), x.shape[2], num_ranks))
         if len(flat) < num_ranks * len(out):
             flat = torch.nn.functional.pad(flat, (0, 0, 0, num_ranks * len(out) - len(flat)))
-        if out.numel():
-            pieces = flat.contiguous().view(-1)
-            reduce_scatter(out.view(-1), pieces, group=self.group, ledger=self.ledger, purpose=PURPOSE)
-        return out
+        if not out.numel():
+            return lambda: out
+        pieces = flat.contiguous().view(-1)
+        flight = start_reduce_scatter(out.view(-1), pieces, group=self.group, ledger=self.ledger, purpose=PURPOSE)
+
+        def wait() -> Tensor:
+            flight.wait()
+            return out
+
+        return wait
 
 
 class _Enter(torch.autograd.Function):
@@ -84,17 +95,6 @@ class _Leave(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return ctx.stream.gather(gradient, ctx.grid), None
-
-
-class Enter(nn.Module):
-    """Takes the place of `train.model.Enter`."""
-
-    def __init__(self, stream: Stream) -> None:
-        super().__init__()
-        self.stream = stream
-
-    def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        return self.stream.enter(x, grid)
 
 
 class Leave(nn.Module):
