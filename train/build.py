@@ -3,13 +3,14 @@
 import torch
 
 from armillary.parallel.apply import apply
-from armillary.parallel.held import Held, clean_name
+from armillary.parallel.held import Held
 from armillary.parallel.mesh import Ranks
 from armillary.parallel.pipeline import Pipeline
 from armillary.parallel.schedule import schedule_named
 from armillary.parallel.serial import Serial
 from armillary.parallel.tensor import hidden_shape
 from armillary.train.config import RunConfig
+from armillary.train.deepspeed_engine import shard_with_deepspeed
 from armillary.train.engine import Engine
 from armillary.train.model import Transformer, initial
 from armillary.train.split import stages_of
@@ -32,11 +33,15 @@ def build_engine(config: RunConfig, ranks: Ranks) -> Engine:
             model = Transformer(config.model)
         return model.to(torch.float64 if compute == torch.float64 else torch.float32)
 
-    held = apply(
-        make, plan, config.partition, stages_of(plan, config.model, config.data.sequence_length), ranks, compute
-    )
+    own = config.zero.engine == "fsdp"
+    stages = stages_of(plan, config.model, config.data.sequence_length)
+    held = apply(make, plan, config.partition if own else None, stages, ranks, compute)
     for stage in held.stages:
         stage.to_empty(device=ranks.device)
+    if not own:
+        engine: Engine = shard_with_deepspeed(held, config.zero.stage, config.optim, plan.placement)
+        fill(engine.held, config)
+        return engine
     fill(held, config)
     if plan.pp == 1:
         return Engine(held, Serial(held.stages[0]), plan.placement)
@@ -57,8 +62,7 @@ def build_engine(config: RunConfig, ranks: Ranks) -> Engine:
 
 def fill(held: Held, config: RunConfig) -> None:
     """Gives every parameter its initial values, from the model's seed."""
-    for stage in held.stages:
-        for name, parameter in stage.named_parameters():
-            name = clean_name(name)
-            full = initial(name, held.cuts[name].shape, config.model.num_layers, config.model.seed)
-            held.fill(name, parameter, full)
+    for name, parameter in held.parameters().items():
+        full = initial(name, held.cuts[name].shape, config.model.num_layers, config.model.seed)
+        held.fill(name, parameter, full)
+    held.update_twins()

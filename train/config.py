@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from armillary.parallel.plan import DEGREES, Partition, Plan
+from armillary.parallel.zero import ZeroConfig
 from armillary.train.data import DataConfig
 from armillary.train.guard import GuardConfig
 from armillary.train.metrics import MetricsConfig
@@ -37,6 +38,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     plan: Plan = field(default_factory=Plan)
     partition: Partition = field(default_factory=Partition)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
@@ -44,6 +46,7 @@ class RunConfig:
     def problems(self) -> Iterator[tuple[str, str]]:
         """What the sections do not allow together: pairs of key and sentence."""
         yield from refusals(self.plan, self.model, self.data.sequence_length)
+        yield from self.zero.conflicts(self.plan, self.partition, self.optim.kind)
 
 
 class ConfigError(ValueError):

@@ -5,7 +5,7 @@ everything that asks for shards of whole rows (checkpoints, parity) it shows suc
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,14 +16,11 @@ from armillary.parallel.held import Held
 from armillary.parallel.mesh import Ranks
 from armillary.parallel.part import Part
 from armillary.parallel.tensor import sum_replicas
-from armillary.train.data import Batch
 from armillary.train.deepspeed_start import environment, start
-from armillary.train.deepspeed_state import GRADIENTS, WEIGHTS, ZeroState
+from armillary.train.deepspeed_state import GRADIENTS, MOMENTS, WEIGHTS, ZeroState
 from armillary.train.engine import Engine
 from armillary.train.optim import Optimizers, optimizers_of
 from armillary.train.schedule import OptimConfig
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Runner:
@@ -57,27 +54,20 @@ class Runner:
 
 @dataclass(frozen=True)
 class DeepSpeedHeld(Held):
-    """What a rank holds of a model that DeepSpeed shards. Rows that it shows are copies, made when they are asked for:
-    on all ranks at once. Changes to them count once `update_twins` has been called, as after loading."""
+    """What a rank holds of a model that DeepSpeed shards. The rows that it shows are copies, made when they are asked
+    for, on all ranks at once. What is filled into them counts once `update_twins` has been called, as after loading."""
 
     state: ZeroState = None  # type: ignore[assignment]
-    shown: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Rows by kind, until the next change."""
+    optimizers: "DeepSpeedOptimizers" = None  # type: ignore[assignment]
+    """The only ones that know where the weights are."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        if WEIGHTS not in self.shown:
-            self.shown[WEIGHTS] = {name: nn.Parameter(rows) for name, rows in self.state.pull(WEIGHTS).items()}
-        if self.state.ready and GRADIENTS not in self.shown:
-            self.shown[GRADIENTS] = self.state.pull(GRADIENTS)
-            for name, gradient in self.shown[GRADIENTS].items():
-                self.shown[WEIGHTS][name].grad = gradient
-        return self.shown[WEIGHTS]
-
-    def moments(self, key: str) -> dict[str, Tensor]:
-        """This rank's rows of a moment of AdamW."""
-        if key not in self.shown:
-            self.shown[key] = self.state.pull(key)
-        return self.shown[key]
+        """This rank's rows of each parameter, and after the last backward pass of a step of its gradient."""
+        parameters = {name: nn.Parameter(rows) for name, rows in self.state.shown(WEIGHTS).items()}
+        if self.state.ready:
+            for name, gradient in self.state.shown(GRADIENTS).items():
+                parameters[name].grad = gradient
+        return parameters
 
     def complete_gradients(self) -> None:
         """Adds up what replicas have of each gradient, and makes gradients ready for norm, clipping and step."""
@@ -89,25 +79,13 @@ class DeepSpeedHeld(Held):
 
     def update_twins(self) -> None:
         """Takes over what has been filled into the rows."""
-        for kind, rows in self.shown.items():
-            if kind in (WEIGHTS, *MOMENTS):
-                self.state.push(kind, rows)
-        self.state.spread()
-        self.forget()
-
-    def forget(self) -> None:
-        """Lets the rows go, since what they show is to change."""
-        self.shown.clear()
+        self.state.take_over()
 
 
 class DeepSpeedEngine(Engine):
     """Runs a model that DeepSpeed shards."""
 
     held: DeepSpeedHeld
-
-    def forward_backward(self, batches: Sequence[Batch]) -> Tensor:
-        self.held.forget()
-        return super().forward_backward(batches)
 
     def gradient_norm(self) -> Tensor:
         """Norm of the whole gradient, the same on every rank; of the flat partitions, without bringing rows together.
@@ -136,40 +114,33 @@ class DeepSpeedOptimizers(Optimizers):
     """AdamW on DeepSpeed's flat partitions."""
 
     engine: Any = None
-    held: DeepSpeedHeld = None  # type: ignore[assignment]
+    state: ZeroState = None  # type: ignore[assignment]
 
     def step(self, ratio: float) -> None:
         """Updates all weights, at `ratio` times each group's peak learning rate."""
         for group in self.optimizers[0].param_groups:
             group["lr"] = group["initial_lr"] * ratio
         self.engine.step()
-        self.held.state.ready = False
-        self.held.forget()
+        self.state.changed()
 
     def zero_grad(self) -> None:
         """Drops all gradients that no step has used."""
-        if self.held.state.ready:
-            self.held.state.drop()
-            self.held.forget()
+        if self.state.ready:
+            self.state.drop()
 
     def state_tensors(self) -> dict[str, Tensor]:
         """All state as `optimizer/<state key>/<parameter name>`, in rows; the count is each partition's own."""
-        state = self.held.state
-        counts = {
-            f"optimizer/step/{name}": state.state_of(state.masters()[group])["step"]
-            for name, (group, _) in state.where.items()
-        }
-        rows = {key: self.held.moments(key) for key in MOMENTS}
-        return counts | {f"optimizer/{key}/{name}": rows[key][name] for key in MOMENTS for name in rows[key]}
+        masters, where = self.state.masters(), self.state.where
+        counts = {f"optimizer/step/{name}": self.state.state_of(masters[at])["step"] for name, (at, _) in where.items()}
+        moments = {key: self.state.shown(key) for key in MOMENTS}
+        return counts | {f"optimizer/{key}/{name}": rows[name] for key, rows in moments.items() for name in rows}
 
     def create_state(self) -> None:
         """Allocates the zero state that the first step would start from, where there is none yet."""
-        self.held.state.create_state()
+        self.state.create_state()
 
 
-def shard_with_deepspeed(
-    held: Held, stage: int, config: OptimConfig, placement: str
-) -> tuple[DeepSpeedHeld, DeepSpeedEngine, DeepSpeedOptimizers]:
+def shard_with_deepspeed(held: Held, stage: int, config: OptimConfig, placement: str) -> DeepSpeedEngine:
     """Hands a model to DeepSpeed. Its weights must be filled afterwards (`fill` of each parameter, `update_twins`).
 
     Args:
@@ -180,13 +151,11 @@ def shard_with_deepspeed(
         ValueError: if DeepSpeed is not installed.
     """
     (model,) = held.stages
-    parameters = held.parameters()
     # AdamW, decaying as everywhere; DeepSpeed takes the parameters out and puts its partitions in.
-    plain = optimizers_of(parameters, replace(config, kind="adamw"))
-    names = dict(plain.names)
+    plain = optimizers_of(held.parameters(), config)
     engine = start(model, plain.optimizers[0], stage, config, held.ranks)
-    state = ZeroState(engine.optimizer, names, held.cuts, held.ranks)
-    sharded = DeepSpeedHeld((model,), held.cuts, held.ranks, held.last, state)
+    state = ZeroState(engine.optimizer, plain.names, held.cuts, held.ranks)
+    optimizers = DeepSpeedOptimizers(plain.optimizers, plain.names, engine=engine, state=state)
+    sharded = DeepSpeedHeld(held.stages, held.cuts, held.ranks, held.last, state, optimizers)
     scale = float(held.ranks.plane.size()) if stage == 3 else 1.0
-    running = DeepSpeedEngine(sharded, Runner(engine, held.ranks, scale), placement)  # type: ignore[arg-type]
-    return sharded, running, DeepSpeedOptimizers(plain.optimizers, names, engine=engine, held=sharded)
+    return DeepSpeedEngine(sharded, Runner(engine, held.ranks, scale), placement)  # type: ignore[arg-type]

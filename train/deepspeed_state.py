@@ -11,6 +11,8 @@ from armillary.parallel.mesh import Ranks
 from armillary.train.deepspeed_layout import Pieces, Span, pieces_of_each, pieces_of_one_flat, redistribute
 
 WEIGHTS, GRADIENTS = "weights", "gradients"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Of AdamW, shaped as their parameter."""
 
 
 class ZeroState:
@@ -24,6 +26,7 @@ class ZeroState:
             cuts: how the tensor ranks divide each.
         """
         self.optimizer, self.ranks = optimizer, ranks
+        self._shown: dict[str, dict[str, Tensor]] = {}
         self.ready = False
         """Whether there are gradients of a whole step."""
         self.shards_weights = hasattr(optimizer, "fp32_partitioned_groups_flat")
@@ -39,7 +42,7 @@ class ZeroState:
             self.where |= {names[p]: (index, it) for p, it in zip(group, pieces, strict=True)}
         tensor_rank = ranks.tensor.rank()
         self.cuts = {name: cuts[name] for name in names.values()}
-        self.rows = {name: _rows(cut, tensor_rank, count) for name, cut in self.cuts.items()}
+        self.targets = {name: _rows(cut, tensor_rank, count) for name, cut in self.cuts.items()}
         self.shapes = {
             name: cut.shard(tensor_rank, ranks.plane.get_local_rank(), count)[1] for name, cut in self.cuts.items()
         }
@@ -58,7 +61,8 @@ class ZeroState:
         """This rank's gradients, flat, by group: the memory itself."""
         assert self.ready
         if not self.shards_weights:
-            return [flat for (flat,) in self.optimizer.averaged_gradients.values()]
+            # By index: DeepSpeed adds the groups in the order in which backward comes to them.
+            return [self.optimizer.averaged_gradients[index][0] for index in range(len(self.masters()))]
         sizes = [int(size) for size in self.optimizer.fp16_partitioned_groups_flat_numel]
         return list(self.optimizer.grad_partitions_flat_buffer.split(sizes))
 
@@ -71,6 +75,12 @@ class ZeroState:
                     flat = torch.cat([part.reshape(-1) for part in parts])
                 self.optimizer.averaged_gradients[index] = [flat]
         self.ready = True
+        self._shown.clear()
+
+    def changed(self) -> None:
+        """After a step: its gradients are used up, and the rows that were shown are of yesterday."""
+        self.ready = False
+        self._shown.clear()
 
     def drop(self) -> None:
         """Forgets the gradients of a step that is not to be taken."""
@@ -82,7 +92,7 @@ class ZeroState:
                 self.optimizer.averaged_gradients[index] = None
                 self.optimizer.all_grad_tensors[index] = None
             self.optimizer.micro_step_id = -1
-        self.ready = False
+        self.changed()
 
     def state_of(self, flat: Tensor) -> dict[str, Any]:
         """The optimizer's state of a partition."""
@@ -132,6 +142,20 @@ class ZeroState:
         if persistent:
             persistent[0].all_gather(persistent)
 
+    def shown(self, kind: str) -> dict[str, Tensor]:
+        """As `pull`, the same rows until something changes them. All ranks of the plane call it."""
+        if kind not in self._shown:
+            self._shown[kind] = self.pull(kind)
+        return self._shown[kind]
+
+    def take_over(self) -> None:
+        """Makes what now stands in the rows that were shown the weights and moments. All ranks of the plane call it."""
+        for kind, rows in self._shown.items():
+            if kind != GRADIENTS:
+                self.push(kind, rows)
+        self.spread()
+        self.changed()
+
     def counted_gradients(self) -> list[Tensor]:
         """The flat gradients that this rank counts: over all ranks, each element of the model once."""
         if self.ranks.tensor.size() == 1:
@@ -149,7 +173,7 @@ class ZeroState:
         return found
 
     def _spans(self) -> tuple[list[tuple[Span, ...]], list[tuple[Span, ...]]]:
-        return [pieces.spans for _, pieces in self.where.values()], [self.rows[name] for name in self.where]
+        return [pieces.spans for _, pieces in self.where.values()], [self.targets[name] for name in self.where]
 
     def _facts(self, kind: str) -> dict[str, Any]:
         return {"group": self.ranks.plane.get_group(), "ledger": self.ranks.ledger, "purpose": f"rows of {kind}"}

@@ -5,6 +5,7 @@ training run. The one process is the oracle, and is written as plainly as it can
 micro-batches, one sequence after the other. In float64 rounding cannot hide a mistake: an error above 1e-9 is one.
 """
 
+import copy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,23 +34,27 @@ TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
 
 
 def trace_one_process(config: RunConfig, dataset: Dataset, steps: int) -> Trace:
-    """The oracle: the run on this process alone."""
-    model = Transformer(config.model).to(COMPUTE[config.optim.precision])
-    initialise(model, config.model.seed)
-    optimizers = optimizers_of(dict(model.named_parameters()), config.optim)
+    """The oracle: the run on this process alone. Weights are float32 at least, and so are sums of gradients; each pass
+    works on a copy of the weights in the dtype of the config."""
+    compute = COMPUTE[config.optim.precision]
+    weights = Transformer(config.model).to(torch.float64 if compute == torch.float64 else torch.float32)
+    initialise(weights, config.model.seed)
+    optimizers = optimizers_of(dict(weights.named_parameters()), config.optim)
     trace: Trace = {}
     for step in range(steps):
         first = step * config.data.batch_size
         sequences = [dataset.sequence(first + i) for i in range(config.data.batch_size)]
         num_labels = max(1, sum(int((s.labels != IGNORE).sum()) for s in sequences))
         loss = torch.zeros((), dtype=torch.float64)
+        model = copy.deepcopy(weights).to(compute)
         for s in sequences:
             tokens, labels, *places = (np.asarray(a)[None] for a in (s.tokens, s.labels, s.positions, s.documents))
             part = model(torch.from_numpy(tokens), Places.of(*places), torch.from_numpy(labels)) / num_labels
             part.backward()
             loss += part.detach()
+            _move_gradients(model, weights)
         trace[f"loss/{step}"] = loss
-        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        gradients = {name: p.grad for name, p in weights.named_parameters() if p.grad is not None}
         trace |= {f"gradient/{step}/{name}": gradient.clone() for name, gradient in gradients.items()}
         norm = torch.stack([gradient.square().sum() for gradient in gradients.values()]).sum().sqrt()
         if config.optim.clip_norm > 0:
@@ -58,7 +63,15 @@ def trace_one_process(config: RunConfig, dataset: Dataset, steps: int) -> Trace:
                 gradient.mul_(scale)
         optimizers.step(learning_rate_ratio(config.optim, step))
         optimizers.zero_grad()
-    return trace | {f"parameter/{name}": p.detach().clone() for name, p in model.named_parameters()}
+    return trace | {f"parameter/{name}": p.detach().clone() for name, p in weights.named_parameters()}
+
+
+def _move_gradients(source: Transformer, target: Transformer) -> None:
+    """Adds the gradients of one model to those of another, in its dtype, and drops them."""
+    for given, taken in zip(source.parameters(), target.parameters(), strict=True):
+        if given.grad is not None:
+            taken.grad = given.grad.to(taken.dtype) + (0 if taken.grad is None else taken.grad)
+            given.grad = None
 
 
 def trace_ranks(config: RunConfig, dataset: Dataset, steps: int, ranks: Ranks) -> Trace:
@@ -67,7 +80,6 @@ def trace_ranks(config: RunConfig, dataset: Dataset, steps: int, ranks: Ranks) -
     engine = build_engine(config, ranks)
     held = engine.held
     optimizers = build_optimizers(held, config.optim)
-    parameters = held.parameters()
     dtype = torch.float64 if config.optim.precision == "float64" else torch.float32
     trace: Trace = {}
     for step in range(steps):
@@ -76,12 +88,14 @@ def trace_ranks(config: RunConfig, dataset: Dataset, steps: int, ranks: Ranks) -
             dataset, cursor, config.data.batch_size, config.optim.micro_batches, ranks.data.rank(), ranks.data.size()
         )
         trace[f"loss/{step}"] = engine.forward_backward(batches)
+        parameters = held.parameters()
         for name in held.cuts:
             gradient = parameters[name].grad if name in parameters else None
             trace[f"gradient/{step}/{name}"] = held.whole(name, gradient, dtype, "parity")
         engine.clip(engine.gradient_norm(), config.optim.clip_norm)
         optimizers.step(learning_rate_ratio(config.optim, step))
         optimizers.zero_grad()
+    parameters = held.parameters()
     return trace | {f"parameter/{n}": held.whole(n, parameters.get(n), dtype, "parity") for n in held.cuts}
 
 
