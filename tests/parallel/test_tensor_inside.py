@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from tensor_cases import Case, alone, compute, error, fill, make, on_rank, part_of, weights_of
+from torch.distributed.device_mesh import init_device_mesh
 
 from armillary.comm import collectives
 from armillary.comm.ledger import Ledger
@@ -14,6 +15,8 @@ from armillary.kernels.mask import Mask
 from armillary.parallel import tensor, tensor_replicas, tensor_stream
 from armillary.parallel.context import ContextCore
 from armillary.parallel.layout import lay_out
+from armillary.parallel.partition import shard
+from armillary.parallel.plan import Partition
 from armillary.parallel.tensor import apply_tensor, first_kv_head, sum_replicas, tensor_cuts
 from armillary.parallel.tensor_project import Enter, Pick
 
@@ -214,3 +217,34 @@ def test_with_context_parallelism_inside(world, strategy):
     """Five query heads of one key head leave a context group 2 and 3 heads for Ulysses to share out."""
     for case in (replace(CASE, packed=True), replace(CASE, heads=(5, 1), recompute="full")):
         assert world(with_context, 4, strategy, case) == [[], [], [], []]
+
+
+def with_sharded_state(rank: int, case: Case, weights: str) -> list[str]:
+    """Two tensor ranks, whose parts are sharded over two ranks with half of the rows each."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    group, plane, want, ledger = mesh["tp"].get_group(), mesh["dp"], alone(case), Ledger()
+    model, whole = make(case, torch.float64), weights_of(case, torch.float64)
+    cuts = tensor_cuts(model, 2)
+    apply_tensor(model, cuts, group=group, ledger=ledger)
+    shard(model, model.blocks.values(), Partition(weights=weights), mesh=plane, compute=torch.float64, ledger=ledger)
+    model.to_empty(device="cpu")
+    named = dict(model.named_parameters())
+    boxes = {name: cuts[name].shard(group.rank(), plane.get_local_rank(), 2) for name in named}
+    with torch.no_grad():
+        for name, parameter in named.items():
+            parameter.to_local().copy_(part_of(whole[name], boxes[name]))
+    tokens, labels = (tensor.chunk(2)[plane.get_local_rank()] for tensor in case.tokens())
+    for row in range(len(tokens)):  # one at a time: gradients are accumulated
+        model.set_requires_gradient_sync(row == len(tokens) - 1)
+        model(tokens[row : row + 1], None, labels[row : row + 1]).backward()
+    gradients = {name: parameter.grad.to_local() for name, parameter in named.items()}
+    sum_replicas(gradients, cuts, group=group, ledger=ledger)
+    pairs = ((name, gradient, part_of(want.gradients[name], boxes[name])) for name, gradient in gradients.items())
+    return [name for name, got, whole in pairs if not error(got, whole) < 1e-10]
+
+
+@pytest.mark.parametrize(("weights", "recompute"), [("all", "none"), ("rank", "full")])
+def test_with_state_sharded_over_the_data_plane(world, weights, recompute):
+    """Also shards without rows: one key head's part is four rows, a norm's ten."""
+    case = replace(CASE, heads=(4, 1), grid=(4, 5), recompute=recompute, qk_norm=True)
+    assert world(with_sharded_state, 4, case, weights) == [[], [], [], []]
