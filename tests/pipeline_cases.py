@@ -160,6 +160,8 @@ def run_pipeline(
     gradients: dict[str, np.ndarray] = {}
     for stage in stages:
         for name, parameter in stage.named_parameters():
+            if parameter.grad is None:
+                continue
             gradients[name] = gradients.get(name, 0) + gradient_of(parameter).numpy()
     return losses, sums, gradients
 
