@@ -79,11 +79,12 @@ def read_config(values: Mapping[str, Any], where: str) -> ModelConfig:
     values = {**family.defaults, **values}
     for key, sentence in _refused(values):
         raise ValueError(f"{where}: {key} {sentence}")
+    head_dim = values.get("head_dim")
     config = ModelConfig(
         **{ours: values[theirs] for theirs, ours in SIZES.items()},
         **family.fixed,
         num_kv_heads=values.get("num_key_value_heads"),
-        head_dim=values.get("head_dim"),
+        head_dim=None if head_dim == values["hidden_size"] / values["num_attention_heads"] else head_dim,
         norm_eps=values["rms_norm_eps"],
         tie_embeddings=values.get("tie_word_embeddings", False),
         window=_read_window(values, kind, where),
