@@ -46,7 +46,7 @@ def draw(file: Path) -> None:
         costs = f"F, I, W = {FORWARD:g}, {BACK:g}, {WEIGHT:g}, hops of {HOP:g}"
         axes.set_xlabel(f"time (simulated); p = {NUM_RANKS}, m = {NUM}, {costs}")
         keys = [Patch(facecolor=COLORS[kind], label=word) for kind, word in WORDS.items()]
-        keys.append(Patch(facecolor="none", edgecolor="#333333", label="bold frame: second stage of the rank"))
+        keys.append(Patch(facecolor="none", edgecolor="#333333", label="framed: second stage of the rank"))
         figure.legend(handles=keys, loc="outside lower center", ncols=5, frameon=False)
         drawn = io.BytesIO()
         figure.savefig(drawn, format="png", dpi=110, metadata={"Software": None})

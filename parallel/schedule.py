@@ -5,7 +5,14 @@ from collections.abc import Sequence
 from armillary.parallel.schedule_actions import Action, Schedule, Shape, place_stages
 from armillary.parallel.schedule_check import check
 from armillary.parallel.schedule_simulator import Costs, even_costs
-from armillary.parallel.schedule_stock import DEFAULT_STAGES, GENERATORS, ONLY_STAGES, SHAPES, stock_schedule
+from armillary.parallel.schedule_stock import (
+    DEFAULT_STAGES,
+    GENERATORS,
+    ONLY_STAGES,
+    SHAPES,
+    SYNTHESISED,
+    stock_schedule,
+)
 from armillary.parallel.schedule_synthesis import synthesise
 
 __all__ = [
@@ -19,7 +26,6 @@ __all__ = [
     "stages_per_rank_of",
 ]
 
-SYNTHESISED = "synthesised"
 SCHEDULES = (*GENERATORS, SYNTHESISED)
 
 
@@ -31,7 +37,7 @@ def stages_per_rank_of(name: str, stages_per_rank: int = 0) -> int:
     """
     if name not in SCHEDULES:
         raise ValueError(f'plan.schedule = "{name}" is not a schedule; there are: {", ".join(SCHEDULES)}')
-    wanted = stages_per_rank or DEFAULT_STAGES.get(name, 2)
+    wanted = stages_per_rank or DEFAULT_STAGES.get(name, 1)
     if wanted < 1:
         raise ValueError(f"plan.stages_per_rank = {wanted} must be at least 1; leave it out for the schedule's own")
     only = ONLY_STAGES.get(name, wanted)
@@ -45,12 +51,8 @@ def stages_per_rank_of(name: str, stages_per_rank: int = 0) -> int:
 
 
 def shape_of(name: str) -> Shape:
-    """How a schedule lays the stages on the ranks.
-
-    A schedule made to measure lays them as a V: the way back up costs a hop less, and the first and the last stage are
-    on one rank, so that a matrix tied between embedding and head is there once.
-    """
-    return "v" if name == SYNTHESISED else SHAPES.get(name, "loop")
+    """How a schedule lays the stages on the ranks."""
+    return SHAPES.get(name, "loop")
 
 
 def schedule_named(

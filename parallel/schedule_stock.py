@@ -169,8 +169,13 @@ GENERATORS: dict[str, Generator] = {
     "zbv": _zbv,
     "dualpipev": _dualpipev,
 }
-SHAPES: dict[str, Shape] = {"zbv": "v", "dualpipev": "v"}
-DEFAULT_STAGES = {"gpipe": 1, "1f1b": 1, "interleaved": 2, "zb1p": 1, "zbv": 2, "dualpipev": 2}
+SYNTHESISED = "synthesised"
+"""The name of a schedule made to measure."""
+SHAPES: dict[str, Shape] = {"zbv": "v", "dualpipev": "v", SYNTHESISED: "v"}
+"""Of those whose stages do not loop. One made to measure is a V: turning round costs no hop, and the first and the last
+stage are on one rank, so that a matrix tied between embedding and head is there once."""
+DEFAULT_STAGES = {"interleaved": 2, "zbv": 2, "dualpipev": 2}
+"""Stages a rank where no number is given; 1 for the others."""
 ONLY_STAGES = {"1f1b": 1, "zbv": 2, "dualpipev": 2}
 """Stages a rank of the schedules that know no other number."""
 

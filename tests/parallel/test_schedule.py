@@ -86,11 +86,11 @@ def test_numbers_that_a_schedule_does_not_have_are_refused():
 
 
 def test_a_synthesised_schedule_is_a_v():
-    schedule = schedule_named("synthesised", 3, 5)
+    schedule = schedule_named("synthesised", 3, 5, 2)
     assert shape_of("synthesised") == "v"
     assert schedule.stage_ranks == (0, 1, 2, 2, 1, 0)
     assert schedule.name == "synthesised"
-    assert schedule_named("synthesised", 3, 5, 1).stage_ranks == (0, 1, 2)
+    assert schedule_named("synthesised", 3, 5).stage_ranks == (0, 1, 2)
     assert not schedule_named("synthesised", 3, 5, split=False).splits_backward
 
 
