@@ -141,7 +141,8 @@ def _told(made: Synthesis) -> dict[str, Any]:
         "bubble": round(made.simulation.bubble, 4),
         "makespan": round(made.simulation.makespan, 4),
         "to_bound": round(made.ratio, 4),
-        "over_best_stock": round(made.best_stock / made.simulation.makespan, 4),
+        # None where no known schedule fits the memory.
+        "over_best_stock": round(made.best_stock / made.simulation.makespan, 4) if made.fitting else None,
         "peak": round(max(made.simulation.peaks), 3),
     }
 
