@@ -43,10 +43,12 @@ def tensor_cuts(model: nn.Module, degree: int) -> dict[str, Cut]:
     cuts = {}
     for name, parameter in model.named_parameters():
         shape, layer = tuple(parameter.shape), name.rsplit(".", 2)[-2]
-        if name in ("embedding.weight", "output.weight") or layer in ("gate", "up"):
+        if name in ("embedding.weight", "output.weight"):
             cuts[name] = Cut.even(shape, 0, degree)
+        elif layer in ("gate", "up"):
+            cuts[name] = Cut.even(shape, 0, degree, _unit(shape[0], degree))
         elif layer == "down":
-            cuts[name] = Cut.even(shape, 1, degree)
+            cuts[name] = Cut.even(shape, 1, degree, _unit(shape[1], degree))
         elif layer == "query":
             cuts[name] = Cut(shape, 0, tuple(queries))
         elif layer in ("key", "value"):
@@ -74,6 +76,12 @@ def head_parts(num_heads: int, kv_heads: int, degree: int) -> tuple[list[Part], 
         queries += [(head * ratio + first, count) for first, count in _even(ratio, sharers)]
         keys += [(head, 1)] * sharers
     return queries, keys
+
+
+def _unit(channels: int, degree: int) -> int:
+    """Channels that stay together: a GPU multiplies fastest rows of whole 16 bytes, eight bfloat16 numbers; where that
+    makes no rank's part larger by more than a sixteenth."""
+    return 8 if channels % 8 == 0 and channels >= 16 * 8 * degree else 1
 
 
 def _even(total: int, parts: int) -> list[Part]:

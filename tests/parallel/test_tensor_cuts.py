@@ -89,6 +89,16 @@ def test_what_is_held_alike():
 
 
 @pytest.mark.parametrize(
+    ("hidden", "sizes"),
+    [(14336, (4776, 4776, 4784)), (32, (10, 11, 11)), (1001, (333, 334, 334))],
+)
+def test_channels_stay_in_eights_where_there_are_many(hidden, sizes):
+    cuts = tensor_cuts(make(Case(heads=(6, 2), hidden=hidden), torch.float32), 3)
+    for name in ("gate", "up", "down"):
+        assert tuple(size for _, size in cuts[f"blocks.1.ffn.{name}.weight"].parts) == sizes
+
+
+@pytest.mark.parametrize(
     ("case", "message"),
     [
         (
