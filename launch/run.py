@@ -33,6 +33,10 @@ def train(
     dataset = prepare(config.data, print)
     config = replace(config, data=from_anywhere(config.data))
     check_vocabulary(config, dataset.vocab_size)
+    if old is None and config.model.weights:
+        from armillary.train.initial_weights import checked_weights
+
+        config = replace(config, model=checked_weights(config.model, print))
     folder = old or create_run(config, config_path or "", name, dataset.tokenizer)
     changes = [part for text in overrides for part in ("--set", text)] if old else []
     arguments = ["--resume", str(folder.path), *changes, *(["--plan", plan] if old and plan else [])]

@@ -33,8 +33,8 @@ from armillary.train.huggingface_families import (
     write_config,
 )
 from armillary.train.huggingface_source import INDEX, Source, open_source
+from armillary.train.initial_weights import shapes_of
 from armillary.train.local_part import local_part
-from armillary.train.model import Transformer
 from armillary.train.model_shape import ModelConfig, num_parameters
 from armillary.train.restore import newest_sound
 from armillary.train.run_folder import ROOT, RunFolder, create_run, open_run
@@ -107,12 +107,6 @@ def import_hf(path: str | Path, name: str = "", report: Callable[[str], None] = 
 
         folder = create_run(config, path, name, tokenizer, fill)
     return result | {"run": str(folder.path)}
-
-
-def shapes_of(model: ModelConfig) -> Shapes:
-    """Of every parameter of ours, in the model's order."""
-    with torch.device("meta"):
-        return {name: tuple(parameter.shape) for name, parameter in Transformer(model).named_parameters()}
 
 
 def matched(source: Source, model: ModelConfig) -> Callable[[str], Tensor]:

@@ -18,6 +18,7 @@ from armillary.train.config import RunConfig, check_vocabulary, dump_config, loa
 from armillary.train.data import Batch, Dataset, from_anywhere, held_out_batches, micro_batches, prepare
 from armillary.train.failure import RunStopped
 from armillary.train.guard import Guard, Verdict
+from armillary.train.initial_weights import checked_weights, take_weights
 from armillary.train.metrics import Ending
 from armillary.train.model_shape import num_parameters
 from armillary.train.observer import Observer
@@ -82,12 +83,14 @@ class Trainer:
             raise RunStopped(f"the last checkpoint could not be saved: {self.checkpointer.failure}")
 
     def begin(self) -> None:
-        """Goes back to the newest sound checkpoint, if there is one."""
-        for choice in self.choices:
+        """Goes back to the newest sound checkpoint, if there is one; else takes the weights that the config names."""
+        for choice in filter(None, (*self.choices, self.engine.note)):
             self.observer.note(choice)
         facts = self.restore()
         if facts is not None:
             self.guard.restore(facts["guard"])
+        else:
+            take_weights(self.config.model, self.held, self.observer.note)
         if self.ranks.rank == 0:
             # What a resume changed, the next one needs not be told again.
             write_aside(self.folder.config, dump_config(self.config).encode())
@@ -216,6 +219,8 @@ def run_rank(options: argparse.Namespace) -> None:
     dataset = prepare(config.data, print)
     config = replace(config, data=from_anywhere(config.data))
     check_vocabulary(config, dataset.vocab_size)
+    if not options.resume:
+        config = replace(config, model=checked_weights(config.model, lambda line: None))
     with joined_ranks(config.plan) as ranks:
         _check_same_everywhere(config, dataset, ranks)
         folder = _agreed_folder(config, options, dataset, ranks)

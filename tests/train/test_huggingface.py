@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from armillary.train import huggingface
 from armillary.train.checkpoint_read import read_full
 from armillary.train.config import load_config
-from armillary.train.huggingface import LogitsDiffer, export_hf, import_hf, in_groups, shapes_of
+from armillary.train.huggingface import LogitsDiffer, export_hf, import_hf, in_groups
+from armillary.train.initial_weights import shapes_of
 from armillary.train.model import Transformer
 from armillary.train.run_folder import RunFolder
 from armillary.train.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
