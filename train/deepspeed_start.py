@@ -207,24 +207,22 @@ def _count_bytes(ledger: Ledger, device: torch.device) -> None:
 
     from deepspeed import ops
 
-    ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # The list is made by trying every compiler; all that is read of it is whether to build for shared memory.
+    vars(ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     comm.cdb = Counted("nccl" if device.type == "cuda" else "gloo", timeout=None, init_method=None)
 
 
 @contextlib.contextmanager
 def environment(ranks: Ranks) -> Iterator[None]:
     """What DeepSpeed reads of the environment, when it starts and now and then later; put back at the end."""
-    wanted = {"LOCAL_RANK": str(ranks.device.index or 0), "DS_ACCELERATOR": ranks.device.type}
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
+    before = dict(os.environ)
+    os.environ.update(LOCAL_RANK=str(ranks.device.index or 0), DS_ACCELERATOR=ranks.device.type)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
 
 
 @contextlib.contextmanager
