@@ -4,6 +4,7 @@ import torch
 
 from armillary.train.checkpoint import Checkpointer
 from armillary.train.checkpoint_read import load, read_facts
+from armillary.train.local_part import whole_part
 from armillary.train.store import CheckpointConfig, complete, read_manifest, verify
 
 
@@ -14,6 +15,11 @@ def state(step):
         "model/b": torch.full((7,), step, dtype=torch.bfloat16),
         "optimizer/step": torch.tensor(float(step)),
     }
+
+
+def plain(tensors, rank=0):
+    """Tensors that every rank has whole, and rank 0 writes."""
+    return {name: whole_part(name, tensor, rank == 0) for name, tensor in tensors.items()}
 
 
 def own_state(step, rank):
@@ -29,7 +35,12 @@ def save(folder, step, content=None, **kwargs):
     """Saves and waits; returns the failure."""
     writer = checkpointer(folder, **kwargs)
     content = step if content is None else content
-    writer.save(step, state(content), own_state(content % 251, writer.rank), {"step": step, "content": content})
+    writer.save(
+        step,
+        plain(state(content), writer.rank),
+        own_state(content % 251, writer.rank),
+        {"step": step, "content": content},
+    )
     writer.wait()
     return writer.failure
 
@@ -38,7 +49,9 @@ def save_all(folder, step, num_ranks=3, **kwargs):
     """Saves from several ranks at once, each in its thread; returns every rank's failure."""
     writers = [checkpointer(folder, rank, num_ranks, **kwargs) for rank in range(num_ranks)]
     for writer in reversed(writers):
-        writer.save(step, state(step), own_state(step, writer.rank), {"step": step, "content": step})
+        writer.save(
+            step, plain(state(step), writer.rank), own_state(step, writer.rank), {"step": step, "content": step}
+        )
     for writer in writers:
         writer.wait()
     return [writer.failure for writer in writers]
@@ -54,7 +67,7 @@ def content_of(folder, rank=0):
     content = read_facts(folder)["content"]
     expected, expected_own = state(content), own_state(content % 251, rank)
     found, own = empty_like(expected), empty_like(expected_own)
-    load(folder, found, own, rank, num_ranks)
+    load(folder, plain(found), own, rank, num_ranks)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert torch.equal(own["rng"], expected_own["rng"])
     return content

@@ -15,7 +15,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import xxhash
 from safetensors.torch import save_file
 from torch import Tensor
 
-from armillary.train.local_part import Local, local_part, owner
+from armillary.train.local_part import Local, owner, whole_part
 from armillary.train.shards import (
     Manifest,
     Shard,
@@ -94,33 +94,31 @@ class Checkpointer:
         self._staged: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
 
-    def save(
-        self, step: int, shared: Mapping[str, Tensor | Local], own: Mapping[str, Tensor], facts: Mapping[str, Any]
-    ) -> None:
+    def save(self, step: int, shared: Mapping[str, Local], own: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Copies the state and starts to write it; waits first for a save that is still being written.
 
         Args:
             step: the step after which this is; a checkpoint of the same step is replaced.
-            shared: the state of the run, known under the same names on all ranks that hold any of it. A DTensor is
-                saved from its shards; a plain tensor is the same on all ranks.
+            shared: this rank's parts of the run's state, under the same names on all ranks that hold any of it. Those
+                that write hold each element once between them.
             own: what belongs to this rank, such as its random state.
             facts: small JSON; rank 0's is kept.
 
         Raises:
-            ValueError: if a name, dtype or sharding cannot be stored, or the facts are no JSON.
+            ValueError: if a name or dtype cannot be stored, or the facts are no JSON.
         """
         self.wait()
         self.failure = None
         self._number += 1
         kept_facts = json.loads(json.dumps(dict(facts), allow_nan=False)) if self.rank == 0 else {}
         unfinished = self.folder / f"{step_name(step)}.tmp-{self.attempt}-{self._number}"
-        held = {tensor_name(name): local_part(name, tensor, self.rank) for name, tensor in shared.items()}
+        held = {tensor_name(name): part for name, part in shared.items()}
         for name in held:
             if owner(name) is not None:
                 raise ValueError(f"tensor {name!r}: names that begin with 'rank-<number>/' are for a rank's own state")
         for name, tensor in own.items():
             full_name = tensor_name(f"rank-{self.rank}/{name}")
-            held[full_name] = replace(local_part(full_name, tensor, self.rank), writes=True)
+            held[full_name] = whole_part(full_name, tensor)
         data = self._copy({name: it.data for name, it in held.items() if it.writes and it.box.volume})
         snapshot = Snapshot(step, self._number, unfinished, held, data, kept_facts)
         self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint", daemon=True)

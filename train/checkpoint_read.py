@@ -13,14 +13,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from armillary.train.local_part import DTYPES, Local, local_part, owner
-from armillary.train.shards import Box, Manifest, Shard, Stored, few, pieces
+from armillary.train.local_part import DTYPES, Local, owner, whole_part
+from armillary.train.shards import Manifest, Stored, few, reads
 from armillary.train.store import read_manifest, safe_join
 
 
 def load(
     folder: Path,
-    shared: Mapping[str, Tensor | Local],
+    shared: Mapping[str, Local],
     own: Mapping[str, Tensor],
     rank: int,
     num_ranks: int,
@@ -32,7 +32,8 @@ def load(
 
     Args:
         folder: a `step-*` folder.
-        shared: plain tensors, DTensors or parts; their names, global shapes and dtypes must be those of the checkpoint.
+        shared: this rank's parts; their names, global shapes and dtypes must be those of the checkpoint. Which rank
+            writes what does not matter here.
         own: this rank's own state; left as it is if the checkpoint is from another number of ranks, or from ranks
             with other state of their own (a GPU's generator, say).
         rank, num_ranks: of this run.
@@ -49,10 +50,8 @@ def load(
     kept = {name for name in manifest.tensors if owner(name) == rank}
     same = num_ranks == manifest.num_ranks and kept == {f"rank-{rank}/{name}" for name in own}
     owners = (None, rank) if same else (None,)
-    given: dict[str, Tensor | Local] = dict(shared) | {
-        f"rank-{rank}/{name}": tensor for name, tensor in own.items() if rank in owners
-    }
-    targets = {name: local_part(name, tensor, rank) for name, tensor in given.items()}
+    mine = {f"rank-{rank}/{name}": tensor for name, tensor in own.items() if rank in owners}
+    targets = dict(shared) | {name: whole_part(name, tensor) for name, tensor in mine.items()}
     stored = {
         name: it
         for name, it in manifest.tensors.items()
@@ -80,7 +79,7 @@ def read_full(folder: Path, name: str) -> Tensor:
     stored = manifest.tensors[name]
     _check_sizes(folder, manifest, {shard.file for shard in stored.shards})
     tensor = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
-    _fill(folder, manifest, {name: local_part(name, tensor, 0)})
+    _fill(folder, manifest, {name: whole_part(name, tensor)})
     return tensor
 
 
@@ -112,13 +111,9 @@ def _check_sizes(folder: Path, manifest: Manifest, files: Iterable[str]) -> None
 
 def _fill(folder: Path, manifest: Manifest, targets: Mapping[str, Local]) -> None:
     """Copies every piece that lies in a target's box, one file open at a time."""
-    reads: dict[str, list[tuple[str, Shard, Box]]] = {}
-    for name, local in targets.items():
-        shards = [(shard, shard.box) for shard in manifest.tensors[name].shards]
-        for shard, box in pieces(local.box, shards):
-            reads.setdefault(shard.file, []).append((name, shard, box))
-    _check_sizes(folder, manifest, reads)
-    for file_name, items in sorted(reads.items()):
+    wanted = reads(manifest, {name: target.box for name, target in targets.items()})
+    _check_sizes(folder, manifest, wanted)
+    for file_name, items in wanted.items():
         path = safe_join(folder, file_name)
         try:
             with safe_open(path, framework="pt") as file, torch.no_grad():

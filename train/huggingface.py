@@ -34,7 +34,7 @@ from armillary.train.huggingface_families import (
 )
 from armillary.train.huggingface_source import INDEX, Source, open_source
 from armillary.train.initial_weights import shapes_of
-from armillary.train.local_part import local_part
+from armillary.train.local_part import whole_part
 from armillary.train.model_shape import ModelConfig, num_parameters
 from armillary.train.restore import newest_sound
 from armillary.train.run_folder import ROOT, RunFolder, create_run, open_run
@@ -145,7 +145,7 @@ def write_weights(
     parts = []
     for number, names in enumerate(in_groups(shapes, 4, PART_BYTES)):
         data = {f"model/{name}": read(name) for name in names}
-        local = {name: local_part(name, tensor, 0) for name, tensor in data.items()}
+        local = {name: whole_part(name, tensor) for name, tensor in data.items()}
         snapshot = Snapshot(step, 1, unfinished, local, data, facts)
         parts.append(write_tensors(unfinished / f"rank-{number:05d}.safetensors", snapshot, num_ranks=1))
     write_aside(unfinished / "manifest.json", encode_manifest(merge_parts(parts)))

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from armillary.parallel.mesh import joined_ranks
-from armillary.parallel.plan import Plan
+from armillary.parallel.plan import Partition, Plan
+from armillary.parallel.zero import ZeroConfig
 from armillary.train.build import build_engine
-from armillary.train.checkpoint_read import read_facts, read_full
 from armillary.train.config import RunConfig
 from armillary.train.engine import Engine
 from armillary.train.model import Transformer
-from armillary.train.restore import newest_sound
+from armillary.train.restore import load_weights, newest_sound
 from armillary.train.run_folder import open_run
 from armillary.train.tokenizer import Tokenizer, load_tokenizer
 
@@ -49,7 +49,7 @@ def loaded_run(run: str | Path) -> Iterator[LoadedRun]:
         ValueError: if there is no such run, or it has no sound checkpoint.
     """
     folder = open_run(run)
-    config = replace(folder.load_config(), plan=Plan())
+    config = replace(folder.load_config(), plan=Plan(), partition=Partition(), zero=ZeroConfig())
     with joined_ranks(config.plan) as ranks:
         path = newest_sound(folder.checkpoints, ranks, print)
         if path is None:
@@ -57,7 +57,6 @@ def loaded_run(run: str | Path) -> Iterator[LoadedRun]:
                 f"{folder.path}: has no checkpoint yet; continue it: armillary train --resume {folder.path}"
             )
         engine = build_engine(config, ranks)
-        for name, parameter in engine.held.parameters().items():
-            engine.held.fill(name, parameter, read_full(path, f"model/{name}"))
+        facts = load_weights(path, engine.held)
         tokenizer = load_tokenizer(folder.path, "the run's tokenizer")
-        yield LoadedRun(config, engine, tokenizer, path, read_facts(path))
+        yield LoadedRun(config, engine, tokenizer, path, facts)

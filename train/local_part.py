@@ -1,14 +1,10 @@
 """What one rank holds of a tensor, and under which names and dtypes a checkpoint has it."""
 
-import math
 import re
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from armillary.train.shards import Box, whole
 
@@ -44,50 +40,20 @@ class Local:
     data: Tensor
     writes: bool
 
+    def __post_init__(self) -> None:
+        assert tuple(self.data.shape) == self.box.sizes, f"data {tuple(self.data.shape)} for {self.box} of {self.shape}"
 
-def local_part(name: str, tensor: "Tensor | Local", rank: int) -> Local:
-    """This rank's part of a tensor: as given, or a DTensor's local shard, or the whole of a plain one.
 
-    Of the ranks that hold the same shard, the one at coordinate 0 of the replicated mesh axes writes it; a plain
-    tensor, which is the same on all ranks, rank 0.
+def whole_part(name: str, tensor: Tensor, writes: bool = True) -> Local:
+    """A tensor that this rank holds whole: plain, not a DTensor.
 
     Raises:
-        ValueError: if the tensor's dtype, or the way it is sharded, cannot be stored.
+        ValueError: if its dtype cannot be stored.
     """
-    if isinstance(tensor, Local):
-        return tensor
     if tensor.dtype not in DTYPE_NAMES:
         raise ValueError(f"tensor {name!r} is {tensor.dtype}; a checkpoint can hold {', '.join(map(str, DTYPE_NAMES))}")
-    dtype, shape = DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)
-    with torch.no_grad():
-        if not isinstance(tensor, DTensor):
-            return Local(dtype, shape, whole(shape), tensor.detach(), rank == 0)
-        coordinate = tensor.device_mesh.get_coordinate()
-        data = tensor.to_local()
-    if coordinate is None:
-        return Local(dtype, shape, Box((0,) * len(shape), (0,) * len(shape)), data, False)
-    _check_placements(name, tensor)
-    sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    assert tuple(data.shape) == tuple(sizes), f"{name}: local shape {tuple(data.shape)}, by its placements {sizes}"
-    replicas = [index for index, place in zip(coordinate, tensor.placements, strict=True) if place.is_replicate()]
-    return Local(dtype, shape, Box(tuple(offsets), tuple(sizes)), data, not any(replicas))
-
-
-def _check_placements(name: str, tensor: DTensor) -> None:
-    """Refuses what is no box: partial sums, and strided shards (FSDP over tensor parallelism) that divide unevenly."""
-    mesh: DeviceMesh = tensor.device_mesh
-    dims = [getattr(place, "dim", -1) for place in tensor.placements]
-    for axis, place in enumerate(tensor.placements):
-        if place.is_partial():
-            raise ValueError(f"tensor {name!r} is a partial sum on each rank; reduce it before it is saved or loaded")
-        stride = getattr(place, "split_factor", 1)
-        inner = math.prod(mesh.size(a) for a in range(axis + 1, mesh.ndim) if dims[a] == dims[axis])
-        outer = math.prod(mesh.size(a) for a in range(axis + 1) if dims[a] == dims[axis])
-        if stride > 1 and (stride != inner or tensor.shape[dims[axis]] % (outer * inner)):
-            raise ValueError(
-                f"tensor {name!r} {tuple(tensor.shape)}, sharded as {tensor.placements} on a mesh {tuple(mesh.shape)}, "
-                f"gives a rank rows that do not touch; choose degrees whose product divides its dim {dims[axis]}"
-            )
+    shape = tuple(tensor.shape)
+    return Local(DTYPE_NAMES[tensor.dtype], shape, whole(shape), tensor.detach(), writes)
 
 
 def owner(name: str) -> int | None:

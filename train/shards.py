@@ -258,6 +258,15 @@ def untiled(manifest: Manifest) -> list[str]:
     ]
 
 
+def reads(manifest: Manifest, wanted: Mapping[str, Box]) -> dict[str, list[tuple[str, Shard, Box]]]:
+    """What has to be read, by file, for the wanted boxes of tensors: name, shard, and the part of it that is wanted."""
+    found: dict[str, list[tuple[str, Shard, Box]]] = {}
+    for name, box in wanted.items():
+        for shard, part in pieces(box, ((shard, shard.box) for shard in manifest.tensors[name].shards)):
+            found.setdefault(shard.file, []).append((name, shard, part))
+    return dict(sorted(found.items()))
+
+
 def few(sentences: Collection[str], most: int = 3) -> str:
     """The first few of a list in one line, and how many more there are."""
     more = len(sentences) - most
