@@ -14,6 +14,7 @@ BENCHMARKS = {
     "context": "armillary.launch.bench_context",
     "gpu": "armillary.launch.bench_gpu",
     "pipeline": "armillary.launch.bench_pipeline",
+    "sharding": "armillary.launch.bench_sharding",
     "train": "armillary.launch.bench_train",
 }
 """Module of each benchmark. What `run_benchmark` runs has `rows(repetitions) -> list[Row]`; the others have verbs that

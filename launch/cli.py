@@ -287,6 +287,20 @@ def bench_pipeline(
     _write(output, measure(read_ranks(ranks), effort, picture))
 
 
+@bench.command("sharding")
+def bench_sharding(
+    repetitions: Repetitions = 5,
+    ranks: Annotated[str, typer.Option(metavar="LIST", help="numbers of processes on this machine")] = "2,4",
+    precision: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
+    output: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Our sharded data parallelism beside DeepSpeed's ZeRO-3 and bare FSDP2: a whole step of the same model."""
+    from armillary.launch.bench_sharding import measure
+
+    _write(output, measure(repetitions, ranks, precision))
+
+
 @bench.command("gpu")
 def bench_gpu(
     repetitions: Repetitions = 20,
