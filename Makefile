@@ -20,7 +20,7 @@ setup: .venv/installed
 	@touch $@
 
 .venv/installed-dev: .venv/installed
-	@$(PIP) --editable ".[wandb,tensorboard,dev]"
+	@$(PIP) --editable ".[wandb,tensorboard,deepspeed,dev]"
 	@touch $@
 
 demo: .venv/installed
