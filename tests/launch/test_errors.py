@@ -160,7 +160,7 @@ CASES: dict[str, tuple[list[str], str]] = {
     ),
     "no such benchmark": (
         ["bench", "nothing"],
-        "bench nothing: there is no such benchmark; there are: attention, context, gpu, train",
+        "bench nothing: there is no such benchmark; there are: attention, context, gpu, pipeline, sharding, train",
     ),
 }
 
