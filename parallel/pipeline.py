@@ -103,7 +103,7 @@ class Pipeline:
 
     @torch.no_grad()
     def loss(self, part: Part) -> Tensor:
-        """Forward only: the SUM of the loss, 0-d, or 0 where the rank does not hold the last stage.
+        """Forward only: the SUM of the loss, float64, 0-d, or 0 where the rank does not hold the last stage.
 
         Every rank of the group calls it as often, with the same parts in the same order. Afterwards FSDP stages are
         still gathered, so that they are gathered once for many parts: call `reshard` after the last.
@@ -118,7 +118,7 @@ class Pipeline:
                 x = self._mail.open(Letter(index - 1, 0, True))
             x = stage.submod(x, part.places, part.labels if stage.is_last else None)
             if stage.is_last:
-                result = x
+                result = x.double()
             elif not self._mail.local(index + 1):
                 self._mail.send(Letter(index, 0, True), x)
         self._mail.settle_all()

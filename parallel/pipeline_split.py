@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.autograd.function import once_differentiable
 
+from armillary.parallel.tensor_project import Enter
+
 Owed = list[tuple[Tensor, Tensor | None, Tensor, Tensor]]
 """Weight (out, in), bias, input (tokens, in), gradient of the output (tokens, out), of each layer."""
 
@@ -32,8 +34,9 @@ class Later:
 def split_backward(module: nn.Module) -> Later:
     """Makes the linear layers of a module able to put off their weights' gradients; returns where they do.
 
-    Layers whose `forward` is not `nn.Linear`'s own, and those inside a compiled module, compute all at once, as before:
-    then the first part does everything and the second nothing. Parameters and names stay.
+    So are the projections of tensor ranks (tensor_project.py). Layers whose `forward` is not `nn.Linear`'s own, and
+    those inside a compiled module, compute all at once, as before: then the first part does everything and the second
+    nothing. Parameters and names stay.
     """
     later = Later()
     _split(module, later)
@@ -45,6 +48,8 @@ def _split(module: nn.Module, later: Later) -> None:
         return
     if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
         module.forward = partial(_forward, module, later)  # type: ignore[method-assign]
+    elif isinstance(module, Enter):
+        module.later = later
     for child in module.children():
         _split(child, later)
 
@@ -67,7 +72,8 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias, _ = ctx.needs_input_grad
         d_x = gradient @ weight if need_x else None
-        rows, d_rows = x.flatten(0, -2), gradient.flatten(0, -2)
+        num_rows = x.shape[:-1].numel()
+        rows, d_rows = (tensor.reshape(num_rows, tensor.shape[-1]) for tensor in (x, gradient))
         if ctx.later.owed is not None and need_weight:
             ctx.later.owed.append((ctx.parameters[0], ctx.parameters[1] if need_bias else None, rows, d_rows))
             return d_x, None, None, None

@@ -71,11 +71,12 @@ def layers_of(stage: int, num_stages: int) -> range:
 
 
 def parts_of(case: Case, step: int, copy_number: int = 0) -> list[Part]:
-    """Micro-batches of unlike shapes; the second of one token without a label, some with several documents."""
+    """Micro-batches of unlike shapes; the second of one token without a label, the fifth without tokens."""
     generator = np.random.default_rng([step, copy_number])
     parts = []
     for number in range(case.num_parts):
         batch, seq = (1, 1) if number == 1 else (1 + number % 3, 5 + 3 * ((number + step + copy_number) % 4))
+        seq = 0 if number == 4 else seq
         tokens = generator.integers(0, VOCAB, (batch, seq))
         labels = np.where(generator.random((batch, seq)) < 0.2, IGNORE, generator.integers(0, VOCAB, (batch, seq)))
         documents = np.sort(generator.integers(0, 3, (batch, seq)), axis=1) * case.packed
