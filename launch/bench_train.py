@@ -60,7 +60,7 @@ def _bare_loop(trainer: Any) -> Callable[[], None]:
     import torch
 
     from armillary.kernels.places import Places
-    from armillary.train.build import COMPUTE
+    from armillary.train.precision import COMPUTE
     from armillary.train.model import Transformer, initialise
 
     optim = trainer.config.optim

@@ -89,7 +89,7 @@ def _apply_to_stage(
         if plan.compile:
             # It works on tables of the host, which a compiler would take for constants: the graph breaks there.
             core: nn.Module = block.attention.core  # type: ignore[assignment, union-attr]
-            core.forward = torch.compiler.disable(core.forward)  # type: ignore[method-assign]
+            core.forward = torch.compiler.disable(core.forward)
             block.compile()
     if partition is None:
         return

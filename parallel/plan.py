@@ -29,6 +29,8 @@ class Plan:
     when it starts, never worse than the others in the simulator."""
     stages_per_rank: int = field(default=0, metadata={"min": 0})
     """Stages of each pipeline rank; 0 for the schedule's own: 2 for interleaved, zbv and dualpipev, 1 for others."""
+    in_flight: int = field(default=0, metadata={"min": 0})
+    """Most micro-batches whose activations a stage of a synthesised schedule may hold; 0 for plan.pp, as 1f1b does."""
     layers: tuple[int, ...] = ()
     """Layers of each stage of the pipeline, from the first on; empty: split so that the costliest rank has least."""
     split: Literal["cost", "measured"] = "cost"

@@ -2,20 +2,20 @@
 
 import torch
 
+from armillary.kernels.places import Places
 from armillary.parallel.apply import apply
 from armillary.parallel.held import Held
 from armillary.parallel.mesh import Ranks
 from armillary.parallel.pipeline import Pipeline
-from armillary.parallel.schedule import schedule_named
 from armillary.parallel.serial import Serial
 from armillary.parallel.tensor import hidden_shape
 from armillary.train.config import RunConfig
 from armillary.train.deepspeed_engine import shard_with_deepspeed
 from armillary.train.engine import Engine
 from armillary.train.model import Transformer, initial
+from armillary.train.pipeline_schedule import schedule_of
+from armillary.train.precision import COMPUTE, weights_dtype
 from armillary.train.split import stages_of
-
-COMPUTE = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 
 def build_engine(config: RunConfig, ranks: Ranks) -> Engine:
@@ -31,7 +31,7 @@ def build_engine(config: RunConfig, ranks: Ranks) -> Engine:
     def make() -> Transformer:
         with torch.device("meta"):
             model = Transformer(config.model)
-        return model.to(torch.float64 if compute == torch.float64 else torch.float32)
+        return model.to(weights_dtype(config.optim.precision))
 
     own = config.zero.engine == "fsdp"
     stages = stages_of(plan, config.model, config.data.sequence_length)
@@ -45,7 +45,11 @@ def build_engine(config: RunConfig, ranks: Ranks) -> Engine:
     fill(held, config)
     if plan.pp == 1:
         return Engine(held, Serial(held.stages[0]), plan.placement)
-    schedule = schedule_named(plan.schedule, plan.pp, config.optim.micro_batches, plan.per_rank)
+
+    def hidden(places: Places) -> tuple[int, ...]:
+        return hidden_shape((places.batch, places.seq), config.model.dim, plan.tp)
+
+    schedule, note = schedule_of(config, held, hidden, compute, tuple(rank for rank, _ in stages))
     pipeline = Pipeline(
         held.stages,
         schedule,
@@ -53,11 +57,11 @@ def build_engine(config: RunConfig, ranks: Ranks) -> Engine:
         ledger=ranks.ledger,
         device=ranks.device,
         dtype=compute,
-        hidden=lambda places: hidden_shape((places.batch, places.seq), config.model.dim, plan.tp),
+        hidden=hidden,
         # Two threads in one step: only where no stage speaks to other ranks while it computes.
         overlap=plan.tp == plan.cp == 1,
     )
-    return Engine(held, pipeline, plan.placement)
+    return Engine(held, pipeline, plan.placement, note)
 
 
 def fill(held: Held, config: RunConfig) -> None:

@@ -20,8 +20,9 @@ from armillary.train.share import Share, share
 class Engine:
     """Runs a model that a plan has been applied to."""
 
-    def __init__(self, held: Held, runner: Serial | Pipeline, placement: str = "auto") -> None:
+    def __init__(self, held: Held, runner: Serial | Pipeline, placement: str = "auto", note: str = "") -> None:
         self.held, self.runner, self.ranks, self.placement = held, runner, held.ranks, placement
+        self.note = note
 
     def forward_backward(self, batches: Sequence[Batch]) -> Tensor:
         """Adds the gradient of the step's loss to every parameter; returns the loss.

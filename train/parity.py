@@ -17,12 +17,13 @@ from torch import Tensor
 
 from armillary.kernels.places import Places
 from armillary.parallel.mesh import Ranks, joined_ranks
-from armillary.train.build import COMPUTE, build_engine
+from armillary.train.build import build_engine
 from armillary.train.config import RunConfig, load_config
 from armillary.train.data import Dataset, micro_batches, prepare
 from armillary.train.failure import guarded, leave
 from armillary.train.model import IGNORE, Transformer, initialise
 from armillary.train.optim import build_optimizers, optimizers_of
+from armillary.train.precision import COMPUTE, weights_dtype
 from armillary.train.resolve import resolve
 from armillary.train.schedule import learning_rate_ratio
 
@@ -80,7 +81,7 @@ def trace_ranks(config: RunConfig, dataset: Dataset, steps: int, ranks: Ranks) -
     engine = build_engine(config, ranks)
     held = engine.held
     optimizers = build_optimizers(held, config.optim)
-    dtype = torch.float64 if config.optim.precision == "float64" else torch.float32
+    dtype = weights_dtype(config.optim.precision)
     trace: Trace = {}
     for step in range(steps):
         cursor = step * config.data.batch_size

@@ -1,5 +1,7 @@
 """Which layers each pipeline stage of a run holds, and on which rank. Imports no torch, so a config can be refused."""
 
+from collections.abc import Sequence
+
 from armillary.parallel.plan import Plan
 from armillary.parallel.schedule import place_stages
 from armillary.parallel.schedule_stock import SHAPES
@@ -7,9 +9,14 @@ from armillary.parallel.stages import LayerCosts, given_layers, split_layers
 from armillary.train.model_shape import ModelConfig, stage_costs
 
 
-def stages_of(plan: Plan, model: ModelConfig, sequence_length: int) -> list[tuple[int, int]]:
+def stages_of(
+    plan: Plan, model: ModelConfig, sequence_length: int, speeds: Sequence[float] | None = None
+) -> list[tuple[int, int]]:
     """Of each pipeline stage, in the model's order: its rank and its number of layers, as the plan names them or else
-    so that the costliest rank has least.
+    so that the slowest rank has least to do.
+
+    Args:
+        speeds: of each pipeline rank, relative; equal if left out.
 
     Raises:
         ValueError: if there are more stages than layers, or the plan's own numbers do not add up.
@@ -21,7 +28,7 @@ def stages_of(plan: Plan, model: ModelConfig, sequence_length: int) -> list[tupl
         layers = given_layers(plan.layers, model.num_layers, len(ranks))
     else:
         layer, embedding, head = stage_costs(model, sequence_length)
-        layers = split_layers(LayerCosts((layer,) * model.num_layers, embedding, head), ranks)
+        layers = split_layers(LayerCosts((layer,) * model.num_layers, embedding, head), ranks, speeds)
     return list(zip(ranks, layers, strict=True))
 
 

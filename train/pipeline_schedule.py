@@ -1,0 +1,73 @@
+"""The schedule of a run's pipeline: a known one by its name, or one made to measure for this run's own stages."""
+
+import json
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from armillary.comm.link import short
+from armillary.parallel.held import Held
+from armillary.parallel.part import Part
+from armillary.parallel.pipeline_stage import HiddenShape
+from armillary.parallel.pipeline_times import Times, hop_seconds, measure_stages
+from armillary.parallel.schedule import Action, Schedule, schedule_named
+from armillary.parallel.schedule_simulator import Costs
+from armillary.parallel.schedule_synthesis import Synthesis, synthesise
+from armillary.train.config import RunConfig
+from armillary.train.data import Batch
+from armillary.train.resolve import slowest_link
+from armillary.train.share import share
+
+
+def schedule_of(
+    config: RunConfig, held: Held, hidden: HiddenShape, compute: torch.dtype, stage_ranks: tuple[int, ...]
+) -> tuple[Schedule, str]:
+    """The schedule, the same on all ranks, and a sentence about one that was made to measure, or nothing.
+
+    No schedule changes a bit of the result: each stage adds up its micro-batches in their order, whatever is between.
+    """
+    plan, num_micro_batches = config.plan, config.optim.micro_batches
+    if plan.schedule != "synthesised":
+        return schedule_named(plan.schedule, plan.pp, num_micro_batches, plan.per_rank), ""
+    each = share(blank_batch(config), held.ranks, plan.placement)
+    tokens, labels = (torch.from_numpy(array).to(held.ranks.device) for array in (each.tokens, each.labels))
+    part = Part(tokens, labels, each.places)
+    group, everyone, ledger = held.ranks.pipeline, held.ranks.everyone, held.ranks.ledger
+    times = measure_stages(
+        held.stages, stage_ranks, part, hidden, compute, group=group, everyone=everyone, ledger=ledger
+    )
+    link = slowest_link(held.ranks, group)
+    hop = hop_seconds(link.rate, link.latency, hidden(part.places), compute)
+    forward, backward_input, backward_weight = (tuple(column) for column in zip(*times, strict=True))
+    costs = Costs(forward, backward_input, backward_weight, hops=(hop,) * (len(times) - 1))
+    limit = float(plan.in_flight or plan.pp) * plan.per_rank
+    # One rank looks for it: the others would only take its cores.
+    orders, note = "", ""
+    if held.ranks.rank == 0:
+        made = synthesise(stage_ranks, num_micro_batches, costs, [limit] * plan.pp, split=not plan.compile)
+        orders, note = json.dumps(made.schedule.orders), _sentence(made, times, hop)
+    orders, note = held.ranks.agree(orders), held.ranks.agree(note)
+    actions = tuple(tuple(Action(*action) for action in order) for order in json.loads(orders))
+    return Schedule("synthesised", num_micro_batches, stage_ranks, actions), note
+
+
+def _sentence(made: Synthesis, times: Sequence[Times], hop: float) -> str:
+    best = min(made.fitting, key=lambda name: made.stock[name].makespan, default="")
+    known = (
+        f"the fastest known one that fits, {best}, takes {short(made.best_stock, 's')}" if best else "no known one fits"
+    )
+    stages = ", ".join(short(sum(stage), "s") for stage in times)
+    return (
+        f"pipeline: a schedule made to measure, {short(made.simulation.makespan, 's')} a step in the simulator; "
+        f"{known}; at least {short(made.bound, 's')} (stages take {stages} a micro-batch, a hop {short(hop, 's')})"
+    )
+
+
+def blank_batch(config: RunConfig) -> Batch:
+    """A micro-batch of the run's size, one document a row."""
+    rows = math.ceil(config.data.batch_size / (config.plan.dp * config.optim.micro_batches))
+    shape = (rows, config.data.sequence_length)
+    zeros = np.zeros(shape, dtype=np.int64)
+    return Batch(zeros, zeros, np.broadcast_to(np.arange(shape[1]), shape), zeros)
