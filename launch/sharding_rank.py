@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from armillary.kernels.places import Places
 from armillary.launch.bench_sharding import OURS
 from armillary.parallel.mesh import Ranks, joined_ranks
-from armillary.parallel.plan import Plan
+from armillary.parallel.plan import Partition, Plan
 from armillary.parallel.zero import ZeroConfig
 from armillary.train.build import COMPUTE, build_engine
 from armillary.train.config import RunConfig
@@ -137,8 +137,10 @@ def measure(work: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     optim = OptimConfig(precision=work["precision"], steps=10**6, learning_rate=1e-3)
     config = RunConfig(model=MODEL, optim=optim, plan=Plan(dp=ranks.num_ranks))
     zero = replace(config, zero=ZeroConfig(engine="deepspeed"))
+    kept = replace(config, partition=Partition(weights="rank"))
     contenders: dict[str, Step] = {
         OURS: our_step(config, ranks),
+        f'{OURS}, partition.weights = "rank"': our_step(kept, ranks),
         f'{OURS}, zero.engine = "deepspeed"': our_step(zero, ranks),
         "DeepSpeed ZeRO-3": deepspeed_step(config, ranks),
         "bare FSDP2": bare_fsdp2_step(config, ranks),
