@@ -3,7 +3,8 @@
 The gradient of hidden starts on its way to the ranks that own the tokens before those of the weights are computed,
 which hide it. Autograd alone would do one after the other. Source: Shoeybi et al. 2019; Megatron-LM's overlap.
 
-What was gathered is kept for backward, as each projection alone would keep it; recompute drops it.
+What was gathered is kept for backward, as each projection alone would keep it; recompute drops it. A pipeline may put
+off the weights' gradients (`pipeline_split.py`): then the way home is not hidden, and nothing moves later.
 """
 
 from collections.abc import Sequence
@@ -25,13 +26,15 @@ class Enter(nn.Module):
         super().__init__()
         self.layers, self.project = tuple(layers), torch.compiler.disable(self._project)
         self.stream = stream
+        self.later: Any = None
+        """A pipeline's `pipeline_split.Later`."""
 
     def forward(self, x: Tensor, grid: Grid) -> tuple[Tensor, ...]:
         return self.project(x, grid)
 
     def _project(self, x: Tensor, grid: Grid) -> tuple[Tensor, ...]:
         weights, biases = [layer.weight for layer in self.layers], [layer.bias for layer in self.layers]
-        return _Project.apply(x, grid, self.stream, len(weights), *weights, *biases)
+        return _Project.apply(x, grid, self.stream, self.later, len(weights), *weights, *biases)
 
 
 class Pick(nn.Linear):
@@ -52,10 +55,12 @@ class Pick(nn.Linear):
 
 class _Project(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, grid: Grid, stream: Stream, count: int, *factors: Any) -> Any:
+    def forward(ctx: Any, x: Tensor, grid: Grid, stream: Stream, later: Any, count: int, *factors: Any) -> Any:
         full = stream.gather(x, grid)
         weights, biases = factors[:count], factors[count:]
-        ctx.stream = stream
+        ctx.stream, ctx.later, ctx.count = stream, later, count
+        # As in pipeline_split.py: what is saved may come back detached, and gradients put off need the parameters.
+        ctx.factors = None if later is None else factors
         ctx.save_for_backward(full, *weights)
         return tuple(F.linear(full, weight, bias) for weight, bias in zip(weights, biases, strict=True))
 
@@ -63,16 +68,26 @@ class _Project(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         full, *weights = ctx.saved_tensors
-        count, needed = len(weights), ctx.needs_input_grad
+        need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
         flat = [gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]
         arrive = None
-        if needed[0]:
+        if need_x:
             d_full = flat[0] @ weights[0]
             for gradient, weight in zip(flat[1:], weights[1:], strict=True):
                 d_full.addmm_(gradient, weight)
             arrive = ctx.stream.start_scatter(d_full.view(full.shape))
-        inputs = full.view(-1, full.shape[-1])
-        of_weights, of_biases = needed[4 : 4 + count], needed[4 + count :]
-        d_weights = [g.t() @ inputs if need else None for g, need in zip(flat, of_weights, strict=True)]
-        d_biases = [g.sum(0) if need else None for g, need in zip(flat, of_biases, strict=True)]
-        return None if arrive is None else arrive(), None, None, None, *d_weights, *d_biases
+        d_factors = _of_factors(ctx, full.view(-1, full.shape[-1]), flat, need)
+        return None if arrive is None else arrive(), None, None, None, None, *d_factors
+
+
+def _of_factors(ctx: Any, inputs: Tensor, gradients: list[Tensor], need: tuple[bool, ...]) -> list[Tensor | None]:
+    """Gradients of the weights, then of the biases; None for those that are put off."""
+    count = ctx.count
+    if ctx.later is None or ctx.later.owed is None:
+        d_weights = [g.t() @ inputs if needed else None for g, needed in zip(gradients, need[:count], strict=True)]
+        return d_weights + [g.sum(0) if needed else None for g, needed in zip(gradients, need[count:], strict=True)]
+    for number, gradient in enumerate(gradients):
+        if need[number]:
+            bias = ctx.factors[count + number] if need[count + number] else None
+            ctx.later.owed.append((ctx.factors[number], bias, inputs, gradient))
+    return [None] * 2 * count

@@ -49,7 +49,7 @@ class Stream:
         if x.numel():
             shard = x.contiguous().view(-1)
             all_gather(full.view(-1), shard, group=self.group, ledger=self.ledger, purpose=PURPOSE)
-        return full[: grid[0] * grid[1]].view(*grid, -1)
+        return full[: grid[0] * grid[1]].view(*grid, x.shape[1])
 
     def scatter(self, x: Tensor) -> Tensor:
         return self.start_scatter(x)()

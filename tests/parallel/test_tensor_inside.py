@@ -16,6 +16,7 @@ from armillary.parallel import tensor, tensor_replicas, tensor_stream
 from armillary.parallel.context import ContextCore
 from armillary.parallel.layout import lay_out
 from armillary.parallel.partition import shard
+from armillary.parallel.pipeline_split import pay, split_backward
 from armillary.parallel.plan import Partition
 from armillary.parallel.tensor import apply_tensor, first_kv_head, sum_replicas, tensor_cuts
 from armillary.parallel.tensor_project import Enter, Pick
@@ -97,29 +98,39 @@ def test_bf16_is_within_twice_the_error_of_one_process(world, num_ranks):
     assert not wrong
 
 
-def staged(rank: int, case: Case) -> list[str]:
-    """Two stages on the same ranks, each of one block; what the first gives is the second's input."""
+def stage_of(case: Case, number: int, cuts: dict, ledger: Ledger) -> torch.nn.Module:
+    """One of two stages of a block each."""
+    stage = make(case, torch.float64)
+    del stage.blocks[str(1 - number)]
+    stage.begins, stage.ends = number == 0, number == 1
+    if number == 0:
+        stage.norm = stage.output = None
+    elif not case.tied:
+        stage.embedding = None
+    apply_tensor(stage, cuts, group=dist.group.WORLD, ledger=ledger)
+    fill(stage, weights_of(case, torch.float64), cuts, dist.get_rank())
+    return stage
+
+
+def staged(rank: int, case: Case, split: bool) -> list[str]:
+    """Two stages on the same ranks; what the first gives is the second's input."""
     group, ledger, want = dist.group.WORLD, Ledger(), alone(case)
-    cuts, weights = tensor_cuts(make(case, torch.float64), group.size()), weights_of(case, torch.float64)
-    stages = []
-    for number in range(2):
-        stage = make(case, torch.float64)
-        del stage.blocks[str(1 - number)]
-        stage.begins, stage.ends = number == 0, number == 1
-        if number == 0:
-            stage.norm = stage.output = None
-        elif not case.tied:
-            stage.embedding = None
-        apply_tensor(stage, cuts, group=group, ledger=ledger)
-        fill(stage, weights, cuts, rank)
-        stages.append(stage)
+    cuts = tensor_cuts(make(case, torch.float64), group.size())
+    stages = [stage_of(case, number, cuts, ledger) for number in range(2)]
+    laters = [split_backward(stage) for stage in stages] if split else []
     tokens, labels = case.tokens()
     hidden = stages[0](tokens, case.places())
     given = hidden.detach().requires_grad_()
     loss = stages[1](given, case.places(), labels)
+    for later in laters:
+        later.owed = []
     loss.backward()
     hidden.backward(given.grad)
-    wrong = [] if error(loss, want.loss) < 1e-10 else ["loss"]
+    moved, wrong = ledger.bytes(), [] if error(loss, want.loss) < 1e-10 else ["loss"]
+    for later in laters:
+        wrong += [] if len(later.owed) == 7 else [f"{len(later.owed)} layers put off"]
+        pay(later.owed)
+    wrong += [] if ledger.bytes() == moved else ["bytes moved for weights that were put off"]
     gradients: dict[str, torch.Tensor] = {}
     for stage in stages:
         for name, parameter in stage.named_parameters():
@@ -129,9 +140,12 @@ def staged(rank: int, case: Case) -> list[str]:
     return wrong + [name for name, got, whole in pairs if not error(got, whole) < 1e-10]
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_stages_of_a_pipeline(world, tied):
-    assert world(staged, 3, replace(CASE, tied=tied, packed=True)) == [[], [], []]
+@pytest.mark.parametrize(("tied", "split"), [(True, False), (False, True)])
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_stages_of_a_pipeline(world, tied, split, recompute):
+    """Also with the gradients of the seven matrices of a block put off, biases with them."""
+    case = replace(CASE, tied=tied, packed=True, recompute=recompute)
+    assert world(staged, 3, case, split) == [[], [], []]
 
 
 def compiled(rank: int) -> tuple[float, float]:
@@ -214,8 +228,9 @@ def with_context(rank: int, strategy: str, case: Case) -> list[str]:
 
 @pytest.mark.parametrize("strategy", ["ring", "ulysses", "token_ring"])
 def test_with_context_parallelism_inside(world, strategy):
-    """Five query heads of one key head leave a context group 2 and 3 heads for Ulysses to share out."""
-    for case in (replace(CASE, packed=True), replace(CASE, heads=(5, 1), recompute="full")):
+    """Five query heads of one key head leave a context group 2 and 3 heads for Ulysses to share out;
+    of one token a context group has a rank without any."""
+    for case in (replace(CASE, packed=True), replace(CASE, heads=(5, 1), recompute="full"), replace(CASE, grid=(1, 1))):
         assert world(with_context, 4, strategy, case) == [[], [], [], []]
 
 
