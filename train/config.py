@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import tomllib
 import types
 import typing
@@ -45,7 +46,8 @@ class RunConfig:
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """What the sections do not allow together: pairs of key and sentence."""
-        yield from refusals(self.plan, self.model, self.data.sequence_length)
+        if not list(self.plan.problems()):
+            yield from refusals(self.plan, self.model, self.data.sequence_length)
         yield from self.zero.conflicts(self.plan, self.partition, self.optim.kind)
 
 
@@ -59,13 +61,14 @@ def load_config(path: str | Path, overrides: Iterable[str] = (), plan: str = "")
     Args:
         path: the TOML file.
         overrides: texts "section.key=value"; the value is TOML, or else a plain string.
-        plan: "dp=2,cp=2", short for plan.dp = 2 and plan.cp = 2; degrees that it leaves out are 1.
+        plan: "tp=2,pp=2", short for plan.tp = 2 and plan.pp = 2; degrees that it leaves out are 1.
 
     Raises:
         ConfigError: with one line for every mistake: where it stands, the key, what is allowed.
     """
     values, origins = _read(Path(path), ())
-    shorts = [f"plan.{part.strip()}" for part in plan.split(",") if part.strip()]
+    # A comma inside brackets belongs to a list: "pp=2,layers=[3,1]".
+    shorts = [f"plan.{part.strip()}" for part in re.split(r",(?![^\[]*\])", plan) if part.strip()]
     if shorts and isinstance(values.get("plan"), dict):
         values["plan"] = {key: value for key, value in values["plan"].items() if key not in DEGREES}
     for source, text in [("--set", o) for o in overrides] + [("--plan", s) for s in shorts]:

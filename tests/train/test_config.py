@@ -45,6 +45,31 @@ def test_a_file_extends_others_and_the_command_line_comes_last(tmp_path):
     assert (config.optim.learning_rate, config.data.tokenizer, config.plan.dp) == (0.01, "bytes", 3)
 
 
+def test_a_short_plan_may_hold_lists_and_words(tmp_path):
+    (tmp_path / "a.toml").write_text("model.num_layers = 4")
+    plan = load_config(tmp_path / "a.toml", plan="pp=2, layers=[3,1],tp=2,schedule=gpipe").plan
+    assert (plan.pp, plan.layers, plan.tp, plan.schedule, plan.num_ranks) == (2, (3, 1), 2, "gpipe", 4)
+
+
+@pytest.mark.parametrize(
+    ("plan", "sentence"),
+    [
+        ("pp=4", "--plan: plan.pp: 4 pipeline stages (plan.pp times stages a rank) are more than model.num_layers = 2"),
+        ("pp=2,schedule=zbv", "4 pipeline stages (plan.pp times stages a rank) are more than model.num_layers = 2"),
+        ("pp=2,layers=[3,1]", "plan.layers = [3, 1] adds up to 4; it must be model.num_layers = 2"),
+        ("pp=2,layers=[2]", "--plan: plan.layers: names 1 stages, but the pipeline has 2"),
+        ("pp=2,schedule=gpipe,stages_per_rank=2", "plan.stages_per_rank: is 2; gpipe has one stage a rank"),
+        ("tp=5", "--plan: plan.tp: is 5; tensor ranks share out heads, and model.num_heads is 4"),
+    ],
+)
+def test_a_plan_that_the_model_does_not_fill_is_refused(tmp_path, plan, sentence):
+    (tmp_path / "a.toml").write_text("[model]\nnum_layers = 2\nnum_heads = 4")
+    with pytest.raises(ValueError) as refused:
+        load_config(tmp_path / "a.toml", plan=plan)
+    assert sentence in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
 def test_degrees_that_a_short_plan_leaves_out_are_1(tmp_path):
     path = write(tmp_path / "a.toml", '[plan]\ndp = 4\nplacement = "striped"\n')
     plan = load_config(path, [], "cp=2, context=token_ring").plan
