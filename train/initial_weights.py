@@ -52,7 +52,7 @@ def checked_weights(model: ModelConfig, report: Callable[[str], None]) -> ModelC
 
 
 def take_weights(model: ModelConfig, held: Held, note: Callable[[str], None]) -> None:
-    """Fills what a rank holds of the model from the newest sound checkpoint of the run `model.weights`, if there is one.
+    """Fills what a rank holds of a model from the newest sound checkpoint of the run `model.weights`, if there is one.
 
     Every rank calls it; each reads its own pieces only.
 
