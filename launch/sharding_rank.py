@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from armillary.comm.collectives import all_reduce
+from armillary.comm.ledger import Ledger
 from armillary.kernels.places import Places
 from armillary.launch.bench_sharding import OURS
 from armillary.parallel.mesh import Ranks, joined_ranks
@@ -87,7 +89,7 @@ def bare_fsdp2_step(config: RunConfig, ranks: Ranks) -> Step:
         nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
-        return _mean(loss.detach())
+        return _mean(loss.detach(), ranks)
 
     return step
 
@@ -117,7 +119,7 @@ def deepspeed_step(config: RunConfig, ranks: Ranks) -> Step:
         loss = engine(tokens, places, labels) / divisor
         engine.backward(loss)
         engine.step()
-        return _mean(loss.detach())
+        return _mean(loss.detach(), ranks)
 
     return step
 
@@ -127,9 +129,9 @@ def _adamw(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
     return optimizers_of(dict(model.named_parameters()), optim).optimizers[0]
 
 
-def _mean(loss: Tensor) -> float:
-    dist.all_reduce(loss)
-    return loss.item() / dist.get_world_size()
+def _mean(loss: Tensor, ranks: Ranks) -> float:
+    all_reduce(loss, group=ranks.everyone, ledger=Ledger(), purpose="loss")
+    return loss.item() / ranks.num_ranks
 
 
 def measure(work: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
