@@ -12,6 +12,7 @@ from crossing_cases import CROSSINGS, num_ranks
 
 from armillary.train.store import complete, read_manifest, verify
 
+pytestmark = pytest.mark.slow
 TEXT = "\n".join(f"{number} times {number} is {number**2}" for number in range(300))
 
 

@@ -1,25 +1,42 @@
-"""Thirty SIGKILLs at random moments of a run, each resumed: its last weights are the unbroken run's, bit for bit."""
+"""SIGKILLs at random moments of a run, each resumed: its last weights are the unbroken run's, bit for bit."""
 
 import os
 import random
 import signal
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import world as ranks
 
 from armillary.parallel.mesh import make_ranks
-from armillary.train.config import load_config
+from armillary.train.config import RunConfig, load_config
 from armillary.train.data import prepare
 from armillary.train.metrics import latest_per_step, read_metrics
 from armillary.train.run_folder import create_run, open_run
 from armillary.train.store import complete, read_manifest, verify
 from armillary.train.trainer import Trainer
 
-KILLS = 30
-NUM_RANKS = 2
+
+@dataclass(frozen=True)
+class Plan:
+    """Under which plan a run of how many steps is killed how often."""
+
+    overrides: tuple[str, ...]
+    num_ranks: int
+    kills: int
+    steps: int
+
+    def config(self) -> RunConfig:
+        return load_config("run.toml", [*self.overrides, f"optim.steps={self.steps}"])
+
+
+PLANS = {
+    "dp=2": Plan(("plan.dp=2",), 2, 30, 400),
+    "pp=2,tp=2": Plan(("plan.pp=2", "plan.tp=2", "optim.micro_batches=2"), 4, 6, 60),
+}
 CONFIG = """
 [model]
 dim = 24
@@ -33,10 +50,7 @@ tokenizer = "bytes"
 sources = [{path = "text.txt"}]
 cache = "cache"
 [optim]
-steps = 400
 precision = "float32"
-[plan]
-dp = 2
 [checkpoint]
 every = 3
 [metrics]
@@ -44,11 +58,11 @@ wandb = "off"
 """
 
 
-def train(rank: int, folder: str, run: str, attempt: str) -> None:
+def train(rank: int, folder: str, plan: str, run: str, attempt: str) -> None:
     import torch
 
     os.chdir(folder)
-    config = load_config("run.toml")
+    config = PLANS[plan].config()
     mesh = make_ranks(config.plan, torch.device("cpu"))
     trainer = Trainer(config, mesh, open_run(run), prepare(config.data), attempt)
     trainer.run()
@@ -71,10 +85,10 @@ def wait_for_the_moment(chance: random.Random) -> None:
     time.sleep(chance.uniform(0, 0.2))
 
 
-def kill_at_random(chance: random.Random, attempt: str) -> None:
+def kill_at_random(chance: random.Random, plan: str, attempt: str) -> None:
     """Starts the run, or goes on with it, and kills one rank or all of them after a while."""
     with tempfile.TemporaryDirectory() as folder:
-        processes, _ = ranks.start(train, NUM_RANKS, folder, os.getcwd(), "broken", attempt)
+        processes, _ = ranks.start(train, PLANS[plan].num_ranks, folder, os.getcwd(), plan, "broken", attempt)
         wait_for_the_moment(chance)
         victims = processes if chance.random() < 0.5 else [chance.choice(processes)]
         for process in victims:
@@ -91,28 +105,30 @@ def losses(run: str) -> dict[int, float]:
 
 
 @pytest.mark.slow
-def test_thirty_kills(tmp_path, monkeypatch):
+@pytest.mark.parametrize("plan", PLANS)
+def test_kills(tmp_path, monkeypatch, plan):
+    case = PLANS[plan]
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text("\n".join(f"{number} times {number} is {number**2}" for number in range(2000)))
     Path("run.toml").write_text(CONFIG)
-    dataset = prepare(load_config("run.toml").data)
+    dataset = prepare(case.config().data)
     for name in ("whole", "broken"):
-        create_run(load_config("run.toml"), "run.toml", name, dataset.tokenizer)
-    ranks.run(train, NUM_RANKS, str(tmp_path), "whole", "one")
+        create_run(case.config(), "run.toml", name, dataset.tokenizer)
+    ranks.run(train, case.num_ranks, str(tmp_path), plan, "whole", "one")
 
     chance = random.Random(0)
     reached = []
-    for kill in range(KILLS):
-        kill_at_random(chance, f"attempt{kill}")
+    for kill in range(case.kills):
+        kill_at_random(chance, plan, f"attempt{kill}")
         reached.append(newest_step())
     # The kills hit a run that got on between them and was not yet done, or they prove nothing.
-    assert 0 < reached[-1] < 400
-    assert len(set(reached)) > KILLS // 3
+    assert 0 < reached[-1] < case.steps
+    assert len(set(reached)) > case.kills // 3
     assert reached == sorted(reached)
 
-    ranks.run(train, NUM_RANKS, str(tmp_path), "broken", "last")
+    ranks.run(train, case.num_ranks, str(tmp_path), plan, "broken", "last")
     ends = [complete(Path("runs", name, "checkpoints"))[0] for name in ("whole", "broken")]
-    assert [end.name for end in ends] == ["step-00000400"] * 2
+    assert [end.name for end in ends] == [f"step-{case.steps:08d}"] * 2
     assert [verify(end) for end in ends] == [[], []]
     assert read_manifest(ends[0]).weights == read_manifest(ends[1]).weights
     assert losses("broken") == losses("whole")
