@@ -11,6 +11,7 @@ Row = dict[str, Any]
 """`name`, `seconds` (median), `ratio`, `bytes`, `measured` or `simulated` (true), `note`, and what else there is."""
 BENCHMARKS = {
     "attention": "armillary.launch.bench_attention",
+    "compose": "armillary.launch.bench_compose",
     "context": "armillary.launch.bench_context",
     "gpu": "armillary.launch.bench_gpu",
     "pipeline": "armillary.launch.bench_pipeline",

@@ -273,6 +273,21 @@ def bench_context(
     _write(output, result)
 
 
+@bench.command("compose")
+def bench_compose(
+    repetitions: Repetitions = 9,
+    size: Annotated[str, typer.Option(metavar="LIST", help="small, medium")] = "medium",
+    plans: Annotated[str, typer.Option(metavar="LIST", help="names of plans; all when left out")] = "",
+    growth: Annotated[bool, typer.Option("--growth", help="ours alone as ranks, sequences and width grow")] = False,
+    output: Json = None,
+    debug: Debug = False,
+) -> None:
+    """FSDP x TP x PP as a plan, beside the same assembled by hand from torch's pieces."""
+    from armillary.launch.bench_compose import measure
+
+    _write(output, measure(repetitions, size, plans, growth))
+
+
 @bench.command("pipeline")
 def bench_pipeline(
     ranks: Annotated[str, typer.Option(metavar="LIST", help="pipeline ranks of the cases")] = "4,8,16",

@@ -1,6 +1,6 @@
 """What `armillary bench compose` measures: sizes, plans, and the batches of every step. Imports no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -104,6 +104,23 @@ def cases(size: str, plans: list[str]) -> list[Case]:
         plans: names of `PLANS`.
     """
     return [Case(f"{name}, {size}", PLANS[name], SIZES[size]) for name in plans]
+
+
+def growth_cases() -> list[Case]:
+    """Ours alone: more ranks on one batch (strong) and on a batch that grows with them (weak), longer sequences of as
+    many tokens, wider models."""
+    base = SIZES["medium"]
+    found = []
+    for ranks in (1, 2, 4, 8):
+        found.append(Case(f"strong, {ranks} ranks", f"dp={ranks}", base, by_hand=False))
+        found.append(Case(f"weak, {ranks} ranks", f"dp={ranks}", replace(base, batch=2 * ranks), by_hand=False))
+    for name in ("tp=2,dp=2", "pp=2,dp=2", "cp=2,dp=2"):
+        for seq in (128, 256, 512, 1024):
+            size = replace(base, seq=seq, batch=2048 // seq if "pp" not in name else max(2048 // seq, 8))
+            found.append(Case(f"{name}, sequence {seq}", name, size, by_hand=False))
+        for dim in (64, 128, 256, 384):
+            found.append(Case(f"{name}, width {dim}", name, replace(base, dim=dim, num_heads=dim // 32), by_hand=False))
+    return found
 
 
 def tokens_of_step(case: Case, step: int, rank: int) -> tuple[np.ndarray, np.ndarray]:

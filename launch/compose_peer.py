@@ -169,7 +169,10 @@ class ByHand:
             groups[parameter.ndim > 1 and name != "embedding.weight"].append(parameter)
         optim = self.config.optim
         return torch.optim.AdamW(
-            [{"params": groups[True], "weight_decay": optim.weight_decay}, {"params": groups[False], "weight_decay": 0.0}],
+            [
+                {"params": groups[True], "weight_decay": optim.weight_decay},
+                {"params": groups[False], "weight_decay": 0.0},
+            ],
             lr=optim.learning_rate,
             betas=(optim.beta1, optim.beta2),
             eps=optim.eps,

@@ -160,7 +160,7 @@ CASES: dict[str, tuple[list[str], str]] = {
     ),
     "no such benchmark": (
         ["bench", "nothing"],
-        "bench nothing: there is no such benchmark; there are: attention, context, gpu, pipeline, sharding, train",
+        "bench nothing: there is no such benchmark; there are: attention, compose, context, gpu, pipeline, sharding, train",
     ),
 }
 
