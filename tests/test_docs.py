@@ -37,6 +37,7 @@ def clone(tmp_path, monkeypatch):
         ("docs/first-run.md", 7),
         ("docs/kernels.md", 4),
         ("docs/context.md", 3),
+        ("docs/pipeline.md", 1),
         ("docs/deepspeed.md", 2),
         pytest.param("docs/lab.md", 2, marks=[pytest.mark.lab, pytest.mark.skipif(bool(NO_LAB), reason=str(NO_LAB))]),
     ],
