@@ -170,7 +170,7 @@ def main(folder: Path) -> None:
     """Reads `work.json` there, and leaves `figures-RANK.json`."""
     work = read_work(folder / "work.json")
     with joined_ranks(Plan(cp=work.num_ranks), torch.device("cpu")) as ranks:
-        link = slowest_link(ranks)
+        link = slowest_link(ranks, ranks.context)
         figures = {**measure(work, ranks.context), "link": asdict(link)}
         figures["torch"] = torchs_own(work, ranks.context)
         (folder / f"figures-{ranks.rank}.json").write_text(json.dumps(figures))

@@ -58,8 +58,9 @@ def build_engine(config: RunConfig, ranks: Ranks) -> Engine:
         device=ranks.device,
         dtype=compute,
         hidden=hidden,
-        # Two threads in one step: only where no stage speaks to other ranks while it computes.
-        overlap=plan.tp == plan.cp == 1,
+        # Two threads in one step: only where no stage speaks to other ranks while it computes, and where kernels run
+        # beside each other; two threads of one CPU rank only share its cores.
+        overlap=ranks.device.type == "cuda" and plan.tp == plan.cp == 1,
     )
     return Engine(held, pipeline, plan.placement, note)
 
