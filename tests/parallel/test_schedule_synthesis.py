@@ -44,10 +44,13 @@ def test_never_slower_than_a_known_schedule_nor_faster_than_the_bound(problem):
     assert made.simulation.makespan == simulate(made.schedule, costs).makespan
     for stock in stock_of_cut(stage_ranks, num):
         run = simulate(stock, costs)
-        assert run.makespan >= made.bound / SLACK
+        assert run.makespan >= lower_bound(stage_ranks, num, costs) / SLACK
         if limits is None or all(p <= limit for p, limit in zip(run.peaks, limits, strict=True)):
+            # The bound within a memory holds for what keeps to it.
+            assert run.makespan >= made.bound / SLACK
             assert made.simulation.makespan <= run.makespan * SLACK
     assert made.ratio >= 1 / SLACK
+    assert made.bound >= lower_bound(stage_ranks, num, costs)
     if limits is not None:
         assert all(p <= limit * SLACK for p, limit in zip(made.simulation.peaks, limits, strict=True))
 
