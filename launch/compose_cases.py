@@ -114,11 +114,11 @@ def growth_cases() -> list[Case]:
     for ranks in (1, 2, 4, 8):
         found.append(Case(f"strong, {ranks} ranks", f"dp={ranks}", base, by_hand=False))
         found.append(Case(f"weak, {ranks} ranks", f"dp={ranks}", replace(base, batch=2 * ranks), by_hand=False))
-    for name in ("tp=2,dp=2", "pp=2,dp=2", "cp=2,dp=2"):
-        for seq in (128, 256, 512, 1024):
-            size = replace(base, seq=seq, batch=2048 // seq if "pp" not in name else max(2048 // seq, 8))
+    for name in ("tp=2,dp=2", "cp=2,dp=2"):
+        for seq in (128, 512, 1024):
+            size = replace(base, seq=seq, batch=2048 // seq)
             found.append(Case(f"{name}, sequence {seq}", name, size, by_hand=False))
-        for dim in (64, 128, 256, 384):
+        for dim in (128, 256, 384):
             found.append(Case(f"{name}, width {dim}", name, replace(base, dim=dim, num_heads=dim // 32), by_hand=False))
     return found
 

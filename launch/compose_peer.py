@@ -43,7 +43,10 @@ def cut_tensors(model: Llama, mesh: DeviceMesh) -> None:
     }
     parallelize_module(model, mesh, {name: how for name, how in ends.items() if getattr(model, name) is not None})
     for block in model.blocks.values():
-        whole = {"input_layouts": (Shard(1), None, None), "desired_input_layouts": (Replicate(), None, None)}
+        whole: dict[str, Any] = {
+            "input_layouts": (Shard(1), None, None),
+            "desired_input_layouts": (Replicate(), None, None),
+        }
         layer: dict[str, Any] = {
             "attention_norm": SequenceParallel(),
             "attention": PrepareModuleInput(**whole),
@@ -90,10 +93,10 @@ class ByHand:
         """One optimizer step on this data rank's sequences; the loss of all ranks, and the gradient's norm."""
         self.divisor = (labels >= 0).sum()
         if self.plan.dp > 1:
-            self._add_up(self.divisor, self.mesh["dp"].get_group())
+            self._add_up(self.divisor, self.mesh.get_group("dp"))
         with loss_parallel() if self.plan.tp > 1 else nullcontext():
             loss = self._forward_backward(tokens, labels)
-        own = loss if self.mesh["tp"].get_local_rank() == 0 else torch.zeros_like(loss)
+        own = loss if self.mesh.get_local_rank("tp") == 0 else torch.zeros_like(loss)
         self._add_up(own, self.everyone)
         norm = self._norm()
         result = own.item(), norm.item()
@@ -109,7 +112,7 @@ class ByHand:
             loss.backward()
             return _local(loss.detach())
         losses: list[Tensor] = []
-        inputs = (tokens,) if self.mesh["pp"].get_local_rank() == 0 else ()
+        inputs = (tokens,) if self.mesh.get_local_rank("pp") == 0 else ()
         if self.is_last:
             self.schedule.step(*inputs, target=labels, losses=losses, return_outputs=False)
         else:
@@ -125,7 +128,7 @@ class ByHand:
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if self.plan.pp > 1:
             norm = norm**2
-            self._add_up(norm, self.mesh["pp"].get_group())
+            self._add_up(norm, self.mesh.get_group("pp"))
             norm = norm**0.5
         return norm
 
@@ -138,7 +141,7 @@ class ByHand:
         if self.plan.pp == 1:
             return [0]
         places = place_stages(self.plan.pp, self.plan.per_rank, "v" if self.plan.schedule == "zbv" else "loop")
-        return [number for number, rank in enumerate(places) if rank == self.mesh["pp"].get_local_rank()]
+        return [number for number, rank in enumerate(places) if rank == self.mesh.get_local_rank("pp")]
 
     def _stage(self, number: int) -> Llama:
         model = initialised(self.config.model, self.config.data.sequence_length)
@@ -153,7 +156,7 @@ class ByHand:
         return model
 
     def _schedule(self, numbers: list[int], device: torch.device) -> Any:
-        group, num = self.mesh["pp"].get_group(), self.plan.num_stages
+        group, num = self.mesh.get_group("pp"), self.plan.num_stages
         pairs = zip(self.stages, numbers, strict=True)
         stages = [PipelineStage(stage, number, num, device, group=group) for stage, number in pairs]
         options: dict[str, Any] = {"loss_fn": self._loss, "scale_grads": False}

@@ -49,22 +49,23 @@ class Ranks:
     @property
     def pipeline(self) -> dist.ProcessGroup:
         """The ranks that hold the other layers for this one's micro-batches."""
-        return self.mesh["pp"].get_group()
+        # Not mesh["pp"].get_group(), which builds a mesh, 0.3 ms each time.
+        return self.mesh.get_group("pp")
 
     @property
     def data(self) -> dist.ProcessGroup:
         """The ranks that compute different sequences, this one among them."""
-        return self.mesh["dp"].get_group()
+        return self.mesh.get_group("dp")
 
     @property
     def context(self) -> dist.ProcessGroup:
         """The ranks that share this one's sequences."""
-        return self.mesh["cp"].get_group()
+        return self.mesh.get_group("cp")
 
     @property
     def tensor(self) -> dist.ProcessGroup:
         """The ranks that share this one's layers and tokens."""
-        return self.mesh["tp"].get_group()
+        return self.mesh.get_group("tp")
 
 
 def make_ranks(plan: Plan, device: torch.device) -> Ranks:
