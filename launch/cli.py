@@ -80,6 +80,25 @@ def parity(
 
 
 @app.command()
+def matrix(
+    ranks: Annotated[int, typer.Option(help="leave out cases of more ranks")] = 8,
+    full: Annotated[
+        bool, typer.Option("--full", help="the product of all features, not a set with every pair")
+    ] = False,
+    count: Annotated[int, typer.Option("--sample", help="with --full: so many cases, drawn at random")] = 0,
+    seed: Annotated[int, typer.Option(help="with --sample: of the drawing")] = 0,
+    output: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Prove that every pair of features, in one run, computes what one process computes."""
+    from armillary.launch.matrix import run_matrix
+
+    result = run_matrix(ranks, full, count, seed)
+    _write(output, result)
+    raise typer.Exit(0 if result["ok"] else FAILED)
+
+
+@app.command()
 def evaluate(run: str, output: Json = None, debug: Debug = False) -> None:
     """Held-out loss and bits per byte of a run's newest checkpoint."""
     from armillary.train.evaluate import evaluate_run

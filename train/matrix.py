@@ -44,7 +44,12 @@ FEATURES: dict[str, dict[str, dict[str, Any]]] = {
     "heads": {f"6:{number}": {"model.num_kv_heads": number} for number in (6, 2, 1)},
     "norms": {"plain": {}, "qk norm, bias": {"model.qk_norm": True, "model.qkv_bias": True}},
     "documents": {"many": {}, "one": {}},
-    "precision": {kind: {"optim.precision": kind} for kind in ("float64", "bfloat16")},
+    # AdamW's first steps have the size of its rate, however small a gradient is: roundings around 0 would decide where
+    # to, and the runs drift apart. Not so with an eps as large as gradients are.
+    "precision": {
+        "float64": {"optim.precision": "float64"},
+        "bfloat16": {"optim.precision": "bfloat16", "optim.eps": 1e-2},
+    },
     "optimizer": {kind: {"optim.kind": kind} for kind in ("adamw", "muon")},
 }
 """Of each feature its levels, the plainest first, and what each sets in a config."""
@@ -62,6 +67,9 @@ BASE = RunConfig(
 """What all cases share. Nothing divides anything: heads, channels, tokens, sequences, vocabulary, layers."""
 
 STEPS = 3
+
+ALLOWED = {"float64": 1e-9, "bfloat16": 2.0}
+"""Of the worst relative error; of the worst ratio to the error of one process. See train/matrix_case.py."""
 
 
 def config_of(case: Mapping[str, str]) -> RunConfig:
@@ -191,7 +199,7 @@ def _grow(case: Case, times: Mapping[Pair, int]) -> Case:
         times: how often each possible pair has been had.
     """
     for feature in sorted(set(FEATURES) - set(case), key=lambda name: (-len(FEATURES[name]), name)):
-        ranked = []
+        ranked: list[tuple[int, bool, int, int, str]] = []
         for level in FEATURES[feature]:
             joined = list(_joined(case, feature, level))
             if all(pair in times for pair in joined) and _simplest({**case, feature: level}) is not None:
