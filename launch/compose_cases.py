@@ -114,7 +114,7 @@ def growth_cases() -> list[Case]:
     for ranks in (1, 2, 4, 8):
         found.append(Case(f"strong, {ranks} ranks", f"dp={ranks}", base, by_hand=False))
         found.append(Case(f"weak, {ranks} ranks", f"dp={ranks}", replace(base, batch=2 * ranks), by_hand=False))
-    for name in ("tp=2,dp=2", "cp=2,dp=2"):
+    for name in ("tp=2,dp=2", "cp=2,dp=2,context=ring"):
         for seq in (128, 512, 1024):
             size = replace(base, seq=seq, batch=2048 // seq)
             found.append(Case(f"{name}, sequence {seq}", name, size, by_hand=False))
