@@ -71,6 +71,11 @@ def test_rules_never_run_into_a_deadlock_nor_over_a_limit(problem, under_way, ow
     policy = Policy((under_way,) * num_stages, (owed,) * num_ranks, shift, shift[::-1], patience)
     score, orders = dispatch(numbers, policy)
     assert all(numbers.fits(rank, order) for rank, order in enumerate(orders))
+    for order in orders:
+        open_ones = [0] * num_stages
+        for kind, stage, _ in order:
+            open_ones[stage] += (kind == 0) - (kind == 1)
+            assert open_ones[stage] <= under_way
     run = evaluate(numbers, orders)
     # The order that rules make, followed without their waiting, is at least as fast.
     assert run is not None
@@ -80,6 +85,7 @@ def test_rules_never_run_into_a_deadlock_nor_over_a_limit(problem, under_way, ow
     again = evaluate(numbers, moved)
     assert again is not None
     assert again[0] == better
+    assert all(numbers.fits(rank, order) for rank, order in enumerate(moved))
     assert sorted(map(sorted, moved)) == sorted(map(sorted, orders))
 
 
@@ -129,6 +135,8 @@ def test_the_bound_of_small_cases():
     assert lower_bound(place_stages(1, 1), 5, even_costs(1, 1, 2, 3)) == 30
     # One micro-batch: there, back, and the first stage's weights.
     assert lower_bound(place_stages(3, 1), 1, even_costs(3, 1, 2, 3, 0.5)) == 3 + 6 + 3 + 4 * 0.5
+    # The last stage is busy from 1 on; its last gradient still goes to stage 0, which has its weights to do.
+    assert lower_bound((0, 1), 4, Costs((1.0, 3.0), (1.0, 3.0), (4.0, 0.0))) == 1 + 4 * 6 + 1 + 4
     # Memory for two forwards: rank 0 has its first backward after 2 p - 1 forwards and backwards.
     assert lower_bound(place_stages(4, 1), 8, even_costs(4), [2.0] * 4) == 7 + 24 - 2
 
