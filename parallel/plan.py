@@ -42,8 +42,8 @@ class Plan:
     compile: bool = False
     """torch.compile, block by block."""
     verify: Literal["", "first-step"] = ""
-    """first-step: before a run trains, its first step is computed in float64 under the plan and on one process, and the
-    run is refused where loss or gradients differ."""
+    """first-step: before a run trains, also where it resumes, its ranks compute two steps of a small model of the same
+    kind in float64, under the plan and on one process; the run is refused where loss, gradients or weights differ."""
     context: Literal["ring", "bidirectional_ring", "token_ring", "ulysses", "all_gather", "hybrid", "auto"] = "auto"
     """How the ranks of a context group exchange keys and values, or queries. auto measures the links when a run starts,
     chooses for each pass, says why, and is replaced by its choice in the run's config."""

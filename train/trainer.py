@@ -35,6 +35,7 @@ from armillary.train.restore import (
 from armillary.train.run_folder import RunFolder, create_run, open_run
 from armillary.train.schedule import learning_rate_ratio
 from armillary.train.store import write_aside
+from armillary.train.verify import verify_plan
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ class Trainer:
         start = f"resumed at step {self.progress.step} on {where}" if facts else f"{size} on {where}"
         sizes = {"train_tokens": self.dataset.train_size.tokens, "held_out_tokens": self.dataset.held_out_size.tokens}
         self.observer.begin(self.progress.step, start, **sizes)
+        verify_plan(self.config, self.ranks, self.observer, self.progress.step)
         if facts is None:
             self.evaluate_if_due()
 
