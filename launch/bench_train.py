@@ -60,8 +60,8 @@ def _bare_loop(trainer: Any) -> Callable[[], None]:
     import torch
 
     from armillary.kernels.places import Places
-    from armillary.train.precision import COMPUTE
     from armillary.train.model import Transformer, initialise
+    from armillary.train.precision import COMPUTE
 
     optim = trainer.config.optim
     model = Transformer(trainer.config.model)
