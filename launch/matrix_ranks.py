@@ -103,8 +103,11 @@ def answer(pipe: Connection, rank: int, order: str) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     import torch
+    import torch._inductor.config
 
     torch.set_num_threads(1)
+    # Else each rank starts processes to compile in, which costs more than they compile.
+    torch._inductor.config.compile_threads = 1
     try:
         said = _judge(json.loads(order), rank)
     except Exception:

@@ -213,7 +213,7 @@ def _grow(case: Case, times: Mapping[Pair, int]) -> Case:
         for level in FEATURES[feature]:
             joined = list(_joined(case, feature, level))
             if all(pair in times for pair in joined) and _simplest({**case, feature: level}) is not None:
-                slow = (feature == "compile" and level == "on") or level.startswith("deepspeed")
+                slow = (feature, level) in LAST_CHOICE or level.startswith("deepspeed")
                 added = sum(not times[pair] for pair in joined)
                 ranked.append((-added, slow, sum(times[pair] for pair in joined), len(ranked), level))
         assert ranked, f"no level of {feature} goes with {case}"
