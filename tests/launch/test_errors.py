@@ -63,7 +63,7 @@ CASES: dict[str, tuple[list[str], str]] = {
     ),
     "unknown degree": (
         ["train", "run.toml", "--plan", "zz=2"],
-        "--plan: plan.zz: unknown key; allowed here: dp, cp, context, context_backward, context_level, placement",
+        "--plan: plan.zz: unknown key; allowed here: pp, dp, cp, tp, schedule, stages_per_rank, in_flight, layers, split, recompute, compile, verify, context, context_backward, context_level, placement",
     ),
     "a plan that is none": (
         ["train", "run.toml", "--plan", "dp"],
