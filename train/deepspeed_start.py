@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from armillary.comm.ledger import Ledger
 from armillary.parallel.mesh import Ranks
+from armillary.parallel.tensor_project import Enter
 from armillary.train.schedule import OptimConfig
 
 INSTALL = 'pip install "armillary[deepspeed]"'
@@ -87,9 +88,22 @@ def start(model: nn.Module, optimizer: torch.optim.Optimizer, stage: int, config
                 config=settings,
                 config_class=DeepSpeedConfig(settings, mesh),
             )
+        if stage == 3:
+            _tell_of_readers(model)
     if wide:
         _reduce_in_float64(engine.optimizer)
     return engine
+
+
+def _tell_of_readers(model: nn.Module) -> None:
+    """Tells stage 3 that a tensor-parallel `Enter` reads the parameters of other modules. It finds out by itself, but
+    only of those that it had to gather in the first forward pass: a recomputation would lack the others, the biases."""
+    from deepspeed.runtime.zero.partition_parameters import register_external_parameter
+
+    for module in model.modules():
+        if isinstance(module, Enter):
+            for parameter in [parameter for layer in module.layers for parameter in layer.parameters()]:
+                register_external_parameter(module, parameter)
 
 
 def _settings(model: nn.Module, stage: int, config: OptimConfig) -> dict[str, Any]:
