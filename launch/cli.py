@@ -23,7 +23,7 @@ app = typer.Typer(
 
 Config = Annotated[Path, typer.Argument(help="a TOML file; see configs/", show_default=False)]
 Overrides = Annotated[list[str], typer.Option("--set", metavar="a.b=c", help="override one key; may be repeated")]
-PlanText = Annotated[str, typer.Option("--plan", help='degrees, short for plan.*: "dp=4"')]
+PlanText = Annotated[str, typer.Option("--plan", help='degrees and more, short for plan.*: "pp=2,tp=2,schedule=zbv"')]
 Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
 Repetitions = Annotated[int, typer.Option(min=1, help="interleaved repetitions")]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the result as JSON too")]
