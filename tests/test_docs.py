@@ -26,6 +26,10 @@ def clone(tmp_path, monkeypatch):
     (tmp_path / ".venv/bin").mkdir(parents=True)
     for tool in ("armillary", "torchrun"):
         (tmp_path / ".venv/bin" / tool).symlink_to(Path(sys.executable).parent / tool)
+    # A link would not know the environment that it belongs to.
+    python = tmp_path / ".venv/bin/python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
