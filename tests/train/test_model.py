@@ -17,7 +17,7 @@ from armillary.kernels.attention_reference import reference
 from armillary.kernels.places import Places
 from armillary.kernels.tiles import Tile
 from armillary.train import model as module
-from armillary.train.model import IGNORE, Transformer, initialise
+from armillary.train.model import IGNORE, Transformer, initial, initialise
 from armillary.train.model_shape import ModelConfig, RopeScaling
 
 TINY: dict[str, Any] = {"dim": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "ffn_dim": 48, "vocab_size": 61}
@@ -324,7 +324,9 @@ def sharded(rank: int, compute: str, changes: dict[str, Any]) -> tuple[float, di
     for part in (*model.blocks.values(), model):
         fully_shard(part, mesh=mesh, mp_policy=policy)
     model.to_empty(device="cpu")
-    initialise(model, 3, lambda p, full: p.copy_(distribute_tensor(full, p.device_mesh, p.placements)))  # type: ignore
+    for name, p in model.named_parameters():
+        full = initial(name, tuple(p.shape), model.config.num_layers, 3)
+        p.data.copy_(distribute_tensor(full, p.device_mesh, p.placements))  # type: ignore[attr-defined]
     seen: list[str] = []
 
     def look(block: nn.Module, args: tuple[Any, ...]) -> None:
