@@ -1,7 +1,7 @@
 """Which implementation computes an operation: Triton's kernels on a GPU, plain torch elsewhere, or what a person asks.
 
 `ARMILLARY_KERNELS` overrides: "torch" or "triton" for all operations, or a list such as "norm=torch,rope=triton". For
-attention "torch" is whatever `attention_choice.py` has for the device; "cpu" and "reference" may be named too.
+attention "torch" is whatever `attention/choice.py` has for the device; "cpu" and "reference" may be named too.
 """
 
 import functools

@@ -134,8 +134,8 @@ def import_hf(
     debug: Debug = False,
 ) -> None:
     """Make a run of a Hugging Face model: generate with it, or begin other runs with its weights (model.weights)."""
-    from armillary.train.huggingface import LogitsDiffer
-    from armillary.train.huggingface import import_hf as start
+    from armillary.train.huggingface.convert import LogitsDiffer
+    from armillary.train.huggingface.convert import import_hf as start
 
     try:
         result = start(path, name)
@@ -155,8 +155,8 @@ def export_hf(
     debug: Debug = False,
 ) -> None:
     """Write a run's newest checkpoint as a folder that Hugging Face's transformers loads."""
-    from armillary.train.huggingface import LogitsDiffer
-    from armillary.train.huggingface import export_hf as start
+    from armillary.train.huggingface.convert import LogitsDiffer
+    from armillary.train.huggingface.convert import export_hf as start
 
     try:
         result = start(run, path, dtype)
@@ -193,8 +193,8 @@ def lab(
     debug: Debug = False,
 ) -> None:
     """Run a command on an uneven cluster: hosts on this machine with rate-limited links, CPU quotas, memory limits."""
-    from armillary.launch.lab_run import remove_leftovers, run_in_lab
-    from armillary.launch.lab_spec import read_spec
+    from armillary.launch.lab.run import remove_leftovers, run_in_lab
+    from armillary.launch.lab.spec import read_spec
 
     if clean:
         remove_leftovers()
@@ -207,7 +207,7 @@ def lab(
 
 class _Benchmarks(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        from armillary.launch.bench import module_of
+        from armillary.launch.bench.by_name import module_of
 
         if args[0] not in self.commands:
             module_of(args[0])
@@ -221,7 +221,7 @@ app.add_typer(bench, name="bench", no_args_is_help=True)
 @bench.command("train")
 def bench_train(repetitions: Repetitions = 5, output: Json = None, debug: Debug = False) -> None:
     """A trainer's whole step against a bare loop over the same model and batch."""
-    from armillary.launch.bench import run_benchmark
+    from armillary.launch.bench.by_name import run_benchmark
 
     _write(output, run_benchmark("train", repetitions))
 
@@ -246,7 +246,7 @@ def bench_attention(
     debug: Debug = False,
 ) -> None:
     """Attention against torch's on this machine; or its I/O meter, or its table of choices."""
-    from armillary.launch.bench import run_benchmark, with_facts
+    from armillary.launch.bench.by_name import run_benchmark, with_facts
 
     if not io and any((seq, head_dim, heads, kv_heads, mask, documents, measure)):
         raise ValueError(
@@ -255,11 +255,11 @@ def bench_attention(
     if io and choices:
         raise ValueError("bench attention: give either --io or --choices")
     if choices:
-        from armillary.launch.bench_attention import print_choices
+        from armillary.launch.bench.attention import print_choices
 
         result = with_facts("attention", print_choices(), 0)
     elif io:
-        from armillary.launch import attention_io
+        from armillary.launch.bench import attention_io
 
         wanted = attention_io.cases(seq, head_dim, heads, kv_heads, mask, documents)
         result = with_facts("attention", attention_io.print_io(wanted, measure), 0)
@@ -286,7 +286,7 @@ def bench_context(
     debug: Debug = False,
 ) -> None:
     """Strategies of context parallelism, forward and backward: time, bytes, and how much communication is exposed."""
-    from armillary.launch.bench_context import measure
+    from armillary.launch.bench.context import measure
 
     result = measure(repetitions, regime, tokens, heads, strategies, ranks, topology, hosts, rate, cpus)
     _write(output, result)
@@ -302,7 +302,7 @@ def bench_compose(
     debug: Debug = False,
 ) -> None:
     """FSDP x TP x PP as a plan, beside the same assembled by hand from torch's pieces."""
-    from armillary.launch.bench_compose import measure
+    from armillary.launch.bench.compose import measure
 
     _write(output, measure(repetitions, size, plans, growth))
 
@@ -316,7 +316,7 @@ def bench_pipeline(
     debug: Debug = False,
 ) -> None:
     """Pipeline schedules made to measure beside the known ones, simulated: bubbles, memory, distance from the bound."""
-    from armillary.launch.bench_pipeline import measure, read_ranks
+    from armillary.launch.bench.pipeline import measure, read_ranks
 
     _write(output, measure(read_ranks(ranks), effort, picture))
 
@@ -330,7 +330,7 @@ def bench_sharding(
     debug: Debug = False,
 ) -> None:
     """Our sharded data parallelism beside DeepSpeed's ZeRO-3 and bare FSDP2: a whole step of the same model."""
-    from armillary.launch.bench_sharding import measure
+    from armillary.launch.bench.sharding import measure
 
     _write(output, measure(repetitions, ranks, precision))
 
@@ -346,14 +346,14 @@ def bench_gpu(
     debug: Debug = False,
 ) -> None:
     """All kernels on one CUDA card, in under nine minutes: exactness, speed, peers, other block sizes."""
-    from armillary.launch.bench_gpu import failed, measure
+    from armillary.launch.bench_gpu.run import failed, measure
 
     raise typer.Exit(FAILED if failed(measure(repetitions, output, dry_run, only)) else 0)
 
 
 def _write(path: Path | None, result: dict[str, Any]) -> None:
     if path is not None:
-        from armillary.train.store import write_aside
+        from armillary.train.checkpoint.store import write_aside
 
         write_aside(path, json.dumps(result, indent=2).encode() + b"\n")
 

@@ -79,8 +79,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def shipped_modules() -> list[str]:
-    """Names of the modules of Triton kernels, by listing the folder, so that none can be forgotten."""
-    return [f"{KERNELS}.{path.stem}" for path in sorted(Path(specimen.__file__).parent.glob("*_triton.py"))]
+    """Names of the modules of Triton kernels, by listing the folders, so that none can be forgotten."""
+    root = Path(specimen.__file__).parent
+    paths = sorted(root.glob("**/*_triton.py"))
+    return [".".join((KERNELS, *path.relative_to(root).with_suffix("").parts)) for path in paths]
 
 
 @functools.cache

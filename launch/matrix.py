@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from armillary.launch.matrix_ranks import judge_on_ranks
-from armillary.train.matrix import (
+from armillary.train.proof.matrix import (
     ALLOWED,
     MOST_RANKS,
     Case,

@@ -21,7 +21,7 @@ from armillary.train.failure import leave
 
 PRELOADED = [
     "armillary.launch.matrix_ranks",
-    "armillary.train.matrix_case",
+    "armillary.train.proof.matrix_case",
     "pydantic",
     "torch._dynamo",
     "torch._inductor.compile_fx",
@@ -35,7 +35,7 @@ LONGEST_CASE = 240.0
 
 
 def judge_on_ranks(case: dict[str, str], num_ranks: int, folder: Path) -> dict[str, Any]:
-    """The result of a case (see train/matrix_case.py), and its `seconds` and `processor_seconds`.
+    """The result of a case (see train/proof/matrix_case.py), and its `seconds` and `processor_seconds`.
 
     If a rank fails or the case takes too long, the result has `error` infinite and `worst` the reason.
 
@@ -122,8 +122,8 @@ def _judge(order: dict[str, Any], rank: int) -> dict[str, Any]:
     import torch.distributed as dist
 
     from armillary.parallel.mesh import make_ranks
-    from armillary.train.matrix import config_of
-    from armillary.train.matrix_case import judge
+    from armillary.train.proof.matrix import config_of
+    from armillary.train.proof.matrix_case import judge
 
     size = order["num_ranks"]
     store = dist.FileStore(order["store"], size)

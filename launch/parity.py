@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from armillary.launch.ranks import start_ranks
+from armillary.train.checkpoint.store import write_aside
 from armillary.train.config import check_vocabulary, dump_config, load_config
-from armillary.train.data import prepare
+from armillary.train.data.dataset import prepare
 from armillary.train.failure import RunStopped
-from armillary.train.store import write_aside
 
 
 def prove(
@@ -31,12 +31,12 @@ def prove(
     check_vocabulary(config, dataset.vocab_size)
     with tempfile.TemporaryDirectory(prefix="armillary-parity-") as folder:
         write_aside(Path(folder, "config.toml"), dump_config(config).encode())
-        failure = start_ranks(config.plan.num_ranks, "armillary.train.parity", [folder, str(steps)], debug)
+        failure = start_ranks(config.plan.num_ranks, "armillary.train.proof.parity", [folder, str(steps)], debug)
         if failure is not None:
             raise RuntimeError(failure.traceback) if failure.bug else RunStopped(failure.message)
         from safetensors.torch import load_file
 
-        from armillary.train.parity import TOLERANCE, compare, trace_one_process
+        from armillary.train.proof.parity import TOLERANCE, compare, trace_one_process
 
         errors = compare(load_file(Path(folder, "trace.safetensors")), trace_one_process(config, dataset, steps))
     ok = errors["worst_error"] <= TOLERANCE[dtype]

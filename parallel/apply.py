@@ -6,14 +6,14 @@ from itertools import accumulate
 import torch
 from torch import nn
 
-from armillary.parallel.context import ContextCore
+from armillary.parallel.context.core import ContextCore
 from armillary.parallel.cut import Cut
 from armillary.parallel.held import Held
 from armillary.parallel.mesh import Ranks
 from armillary.parallel.partition import shard
-from armillary.parallel.pipeline_cut import keep_stage
+from armillary.parallel.pipeline.apply import keep_stage
 from armillary.parallel.plan import Partition, Plan
-from armillary.parallel.tensor import apply_tensor, first_kv_head, tensor_cuts
+from armillary.parallel.tensor.apply import apply_tensor, first_kv_head, tensor_cuts
 
 Stages = Sequence[tuple[int, int]]
 """Of each stage of a pipeline, in the model's order: the pipeline rank that holds it, and how many layers it has."""

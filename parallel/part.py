@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from armillary.kernels.places import Places
+from armillary.kernels.attention.places import Places
 
 
 @dataclass(frozen=True)

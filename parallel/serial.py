@@ -10,7 +10,7 @@ from armillary.parallel.part import Part
 
 
 class Serial:
-    """Runs forward and backward of a step's micro-batches. `parallel/pipeline.py` has the other way to."""
+    """Runs forward and backward of a step's micro-batches. `parallel/pipeline/runner.py` has the other way to."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

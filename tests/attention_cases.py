@@ -8,9 +8,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from armillary.kernels.mask import Mask
-from armillary.kernels.places import Places
-from armillary.kernels.tiles import Tile
+from armillary.kernels.attention.mask import Mask
+from armillary.kernels.attention.places import Places
+from armillary.kernels.attention.tiles import Tile
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from attention_cases import masks
 from hypothesis import strategies as st
 from torch import Tensor
 
-from armillary.kernels.attention import row_dots
-from armillary.kernels.attention_configs import BlockConfig
-from armillary.kernels.attention_reference import reference, seen
-from armillary.kernels.places import Places
-from armillary.kernels.tiles import Tile
+from armillary.kernels.attention.call import row_dots
+from armillary.kernels.attention.configs import BlockConfig
+from armillary.kernels.attention.places import Places
+from armillary.kernels.attention.reference import reference, seen
+from armillary.kernels.attention.tiles import Tile
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,10 +2,10 @@
 
 import torch
 
-from armillary.train.checkpoint import Checkpointer
-from armillary.train.checkpoint_read import load, read_facts
-from armillary.train.local_part import whole_part
-from armillary.train.store import CheckpointConfig, complete, read_manifest, verify
+from armillary.train.checkpoint.load import load, read_facts
+from armillary.train.checkpoint.local_part import whole_part
+from armillary.train.checkpoint.save import Checkpointer
+from armillary.train.checkpoint.store import CheckpointConfig, complete, read_manifest, verify
 
 
 def state(step):

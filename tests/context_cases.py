@@ -13,11 +13,11 @@ from torch import Tensor
 
 from armillary.comm import exchange
 from armillary.comm.ledger import Ledger
-from armillary.kernels.attention import attention
-from armillary.kernels.mask import Mask
-from armillary.kernels.places import Places
-from armillary.parallel.context import STRATEGIES, context_attention
-from armillary.parallel.layout import PLACEMENTS, Layout, lay_out
+from armillary.kernels.attention.call import attention
+from armillary.kernels.attention.mask import Mask
+from armillary.kernels.attention.places import Places
+from armillary.parallel.context.core import STRATEGIES, context_attention
+from armillary.parallel.context.layout import PLACEMENTS, Layout, lay_out
 
 MIXED = (("ring", "token_ring"), ("token_ring", "ulysses"), ("hybrid", "all_gather"), ("all_gather", "ring"))
 CHOICES: dict[str, tuple[Any, ...]] = {

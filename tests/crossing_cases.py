@@ -13,13 +13,13 @@ from torch import Tensor
 
 from armillary.parallel.held import EMBEDDING, local, part_of
 from armillary.parallel.mesh import make_ranks
-from armillary.train import checkpoint_read
+from armillary.train.checkpoint import load as checkpoint_read
+from armillary.train.checkpoint.local_part import DTYPES
+from armillary.train.checkpoint.restore import own_state, parameter_of, shared_state
+from armillary.train.checkpoint.store import complete, read_manifest
 from armillary.train.config import RunConfig, load_config
-from armillary.train.data import prepare
-from armillary.train.local_part import DTYPES
-from armillary.train.restore import own_state, parameter_of, shared_state
+from armillary.train.data.dataset import prepare
 from armillary.train.run_folder import create_run, open_run
-from armillary.train.store import complete, read_manifest
 from armillary.train.trainer import Trainer
 
 CONFIG = """

@@ -19,24 +19,18 @@ import triton.compiler
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from armillary.kernels import (
-    attention_triton,
-    cross_entropy_triton,
-    merge_triton,
-    norm_triton,
-    quantise_triton,
-    rope_triton,
-    swiglu_triton,
-)
-from armillary.kernels.attention import Gradients
-from armillary.kernels.attention_configs import BlockConfig
-from armillary.kernels.mask import Mask
-from armillary.kernels.places import Places
+from armillary.kernels import cross_entropy_triton, norm_triton, quantise_triton, rope_triton, swiglu_triton
+from armillary.kernels.attention import flash_triton as attention_triton
+from armillary.kernels.attention import merge_triton
+from armillary.kernels.attention.call import Gradients
+from armillary.kernels.attention.configs import BlockConfig
+from armillary.kernels.attention.mask import Mask
+from armillary.kernels.attention.places import Places
+from armillary.kernels.attention.tiles import Tile
 from armillary.kernels.quantise import FORMATS, payload_bytes
-from armillary.kernels.tiles import Tile
 from armillary.kernels.vocab_shard import VocabShard
 
-KERNELS = Path(attention_triton.__file__).parent
+KERNELS = Path(attention_triton.__file__).parent.parent
 BF16, FP32 = torch.bfloat16, torch.float32
 HEADS, KV_HEADS = 4, 2
 SMALL = BlockConfig(16, 16, 4, 2)
@@ -199,8 +193,9 @@ SCENARIOS: dict[str, Callable[[], None]] = {
 def kernels() -> dict[str, JITFunction[Any]]:
     """Every kernel that was launched, by name."""
     found = {}
-    for path in KERNELS.glob("*.py"):
-        module = importlib.import_module(f"armillary.kernels.{path.stem}")
+    for path in KERNELS.glob("**/*.py"):
+        name = ".".join(path.relative_to(KERNELS).with_suffix("").parts)
+        module = importlib.import_module(f"armillary.kernels.{name}")
         for name, value in vars(module).items():
             if isinstance(value, JITFunction) and value.__module__ == module.__name__ and value.device_caches:
                 found[f"{path.stem}.{name}"] = value

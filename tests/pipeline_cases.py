@@ -10,15 +10,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from armillary.comm.ledger import Ledger
-from armillary.kernels.places import Places
+from armillary.kernels.attention.places import Places
 from armillary.parallel.part import Part
-from armillary.parallel.pipeline import Pipeline
-from armillary.parallel.pipeline_cut import keep_stage
-from armillary.parallel.pipeline_mail import PURPOSE, bytes_sent
-from armillary.parallel.schedule import schedule_named
-from armillary.parallel.schedule_actions import Schedule
-from armillary.train.model import IGNORE, Transformer, initialise
-from armillary.train.model_shape import ModelConfig
+from armillary.parallel.pipeline.apply import keep_stage
+from armillary.parallel.pipeline.mail import PURPOSE, bytes_sent
+from armillary.parallel.pipeline.runner import Pipeline
+from armillary.parallel.schedule.actions import Schedule
+from armillary.parallel.schedule.by_name import schedule_named
+from armillary.train.model.shape import ModelConfig
+from armillary.train.model.transformer import IGNORE, Transformer, initialise
 
 DIM, VOCAB = 16, 24
 

@@ -28,7 +28,7 @@ def micro_batches_not_scaled(rank: int) -> None:
 
 
 def pipeline_loss_scaled(rank: int) -> None:
-    from armillary.parallel.pipeline import Pipeline
+    from armillary.parallel.pipeline.runner import Pipeline
 
     honest = Pipeline.forward_backward
     Pipeline.forward_backward = lambda self, parts, divisor: honest(self, parts, divisor * len(parts))
@@ -54,7 +54,7 @@ def twin_gradient_not_passed(rank: int) -> None:
 
 
 def twin_not_updated(rank: int) -> None:
-    from armillary.train.optim import Optimizers
+    from armillary.train.optim.optimizers import Optimizers
 
     honest = Optimizers.__init__
     Optimizers.__init__ = lambda self, optimizers, names, after=None: honest(self, optimizers, names)
@@ -62,7 +62,7 @@ def twin_not_updated(rank: int) -> None:
 
 def reduction_skipped_on_a_stage(rank: int) -> None:
     from armillary.comm import collectives
-    from armillary.parallel import pipeline_fsdp
+    from armillary.parallel.pipeline import fsdp as pipeline_fsdp
 
     reduce, honest = pipeline_fsdp.reduce, collectives.reduce_scatter
 
@@ -81,14 +81,14 @@ def reduction_skipped_on_a_stage(rank: int) -> None:
 
 def places_off_by_one(rank: int) -> None:
     """Of one rank's rotary positions; a shift of all would change nothing."""
-    from armillary.train import model
+    from armillary.train.model import transformer as model
 
     honest = model.tables
     model.tables = lambda positions, *rest: honest(positions + (rank == 1), *rest)
 
 
 def places_of_another_micro_batch(rank: int) -> None:
-    from armillary.parallel.pipeline_stage import Stage
+    from armillary.parallel.pipeline.stage import Stage
 
     honest = Stage.begin
 
@@ -102,7 +102,7 @@ def places_of_another_micro_batch(rank: int) -> None:
 
 
 def key_heads_off_by_one(rank: int) -> None:
-    from armillary.parallel import tensor_cuts
+    from armillary.parallel.tensor import cuts as tensor_cuts
 
     honest = tensor_cuts.head_parts
 
@@ -114,7 +114,7 @@ def key_heads_off_by_one(rank: int) -> None:
 
 
 def vocabulary_off_by_one(rank: int) -> None:
-    from armillary.parallel import tensor
+    from armillary.parallel.tensor import apply as tensor
 
     honest = tensor.VocabEmbedding
     tensor.VocabEmbedding = lambda weight, first, stream: honest(weight, first + (first > 0), stream)
@@ -133,7 +133,7 @@ def labels_counted_on_all_tensor_ranks(rank: int) -> None:
 
 
 def muon_without_a_rank(rank: int) -> None:
-    from armillary.train.muon import Spread
+    from armillary.train.optim.muon import Spread
 
     honest = Spread.of.__func__
 
@@ -161,7 +161,7 @@ def layers_of_a_stage_swapped(rank: int) -> None:
 
 
 def recomputed_from_another_input(rank: int) -> None:
-    from armillary.train import model
+    from armillary.train.model import transformer as model
 
     honest = model.again
 
@@ -187,7 +187,7 @@ def gradient_of_a_micro_batch_lost(rank: int) -> None:
 
 def deferred_weight_gradients_lost(rank: int) -> None:
     """Of one micro-batch, where a schedule splits backward."""
-    from armillary.parallel import pipeline_stage
+    from armillary.parallel.pipeline import stage as pipeline_stage
 
     honest = pipeline_stage.Stage.backward_weight_one_chunk
 

@@ -8,11 +8,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from armillary.comm.ledger import Ledger
-from armillary.kernels.places import Places
+from armillary.kernels.attention.places import Places
 from armillary.parallel.cut import Box, Cut
-from armillary.parallel.tensor import apply_tensor, sum_replicas, tensor_cuts
-from armillary.train.model import IGNORE, Transformer, initialise
-from armillary.train.model_shape import ModelConfig
+from armillary.parallel.tensor.apply import apply_tensor, sum_replicas, tensor_cuts
+from armillary.train.model.shape import ModelConfig
+from armillary.train.model.transformer import IGNORE, Transformer, initialise
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from armillary.launch.lab_permission import why_not
+from armillary.launch.lab.permission import why_not
 
 ROOT = Path(__file__).parent.parent
 NO_LAB = why_not()
@@ -63,7 +63,7 @@ def test_the_readme_begins_with_the_two_commands():
 
 
 def test_the_table_of_choices_is_the_one_in_use():
-    from armillary.kernels.attention_choice import CHOICES
+    from armillary.kernels.attention.choice import CHOICES
 
     table = "".join(f"| {each.implementation} | {each.where} | {each.why} |\n" for each in CHOICES)
     assert f"|---|---|---|\n{table}\n" in (ROOT / "docs/kernels.md").read_text()

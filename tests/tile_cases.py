@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from armillary.kernels.mask import Mask
+from armillary.kernels.attention.mask import Mask
 
 
 def sees(mask: Mask, i: int, j: int, head: int = 0) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.distributed.pipelining import schedules as theirs
 
-from armillary.parallel.schedule_actions import Schedule, place_stages
+from armillary.parallel.schedule.actions import Schedule, place_stages
 
 CLASSES = {
     "interleaved": theirs.ScheduleInterleaved1F1B,

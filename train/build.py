@@ -2,17 +2,17 @@
 
 import torch
 
-from armillary.kernels.places import Places
+from armillary.kernels.attention.places import Places
 from armillary.parallel.apply import apply
 from armillary.parallel.held import Held
 from armillary.parallel.mesh import Ranks
-from armillary.parallel.pipeline import Pipeline
+from armillary.parallel.pipeline.runner import Pipeline
 from armillary.parallel.serial import Serial
-from armillary.parallel.tensor import hidden_shape
+from armillary.parallel.tensor.apply import hidden_shape
 from armillary.train.config import RunConfig
-from armillary.train.deepspeed_engine import shard_with_deepspeed
+from armillary.train.deepspeed.engine import shard_with_deepspeed
 from armillary.train.engine import Engine
-from armillary.train.model import Transformer, initial
+from armillary.train.model.transformer import Transformer, initial
 from armillary.train.pipeline_schedule import schedule_of
 from armillary.train.precision import COMPUTE, weights_dtype
 from armillary.train.split import stages_of

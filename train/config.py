@@ -19,13 +19,13 @@ from typing import Any
 
 from armillary.parallel.plan import DEGREES, Partition, Plan
 from armillary.parallel.zero import ZeroConfig
-from armillary.train.data import DataConfig
+from armillary.train.checkpoint.store import CheckpointConfig
+from armillary.train.data.dataset import DataConfig
 from armillary.train.guard import GuardConfig
 from armillary.train.metrics import MetricsConfig
-from armillary.train.model_shape import ModelConfig
-from armillary.train.schedule import OptimConfig
+from armillary.train.model.shape import ModelConfig
+from armillary.train.optim.schedule import OptimConfig
 from armillary.train.split import refusals
-from armillary.train.store import CheckpointConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,11 +9,11 @@ from torch.distributed.fsdp import FSDPModule
 from armillary.comm.collectives import all_reduce
 from armillary.parallel.held import Held
 from armillary.parallel.part import Part
-from armillary.parallel.pipeline import Pipeline
+from armillary.parallel.pipeline.runner import Pipeline
 from armillary.parallel.serial import Serial
-from armillary.train.data import Batch, Dataset
-from armillary.train.model import IGNORE
-from armillary.train.optim import clip_, gradient_norm
+from armillary.train.data.dataset import Batch, Dataset
+from armillary.train.model.transformer import IGNORE
+from armillary.train.optim.optimizers import clip_, gradient_norm
 from armillary.train.share import Share, share
 
 

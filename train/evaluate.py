@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from armillary.train.data import held_out_batches, prepare
+from armillary.train.checkpoint.restore import check_same_data
+from armillary.train.data.dataset import held_out_batches, prepare
 from armillary.train.loaded_run import loaded_run
-from armillary.train.restore import check_same_data
 
 
 def evaluate_run(run: str) -> dict[str, Any]:

@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from armillary.train.kv_cache import Memory, remembering
+from armillary.train.data.tokenizer import Tokenizer
 from armillary.train.loaded_run import loaded_run
-from armillary.train.model import Transformer
-from armillary.train.tokenizer import Tokenizer
+from armillary.train.model.kv_cache import Memory, remembering
+from armillary.train.model.transformer import Transformer
 
 
 def generate(

@@ -9,12 +9,12 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from armillary.parallel.held import Held
-from armillary.train.model import Transformer
-from armillary.train.model_shape import ModelConfig
-from armillary.train.restore import load_weights, newest_sound
+from armillary.train.checkpoint.restore import load_weights, newest_sound
+from armillary.train.checkpoint.shards import few
+from armillary.train.checkpoint.store import complete, read_manifest
+from armillary.train.model.shape import ModelConfig
+from armillary.train.model.transformer import Transformer
 from armillary.train.run_folder import RunFolder, open_run
-from armillary.train.shards import few
-from armillary.train.store import complete, read_manifest
 
 
 def checked_weights(model: ModelConfig, report: Callable[[str], None]) -> ModelConfig:

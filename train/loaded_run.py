@@ -10,12 +10,12 @@ from armillary.parallel.mesh import joined_ranks
 from armillary.parallel.plan import Partition, Plan
 from armillary.parallel.zero import ZeroConfig
 from armillary.train.build import build_engine
+from armillary.train.checkpoint.restore import load_weights, newest_sound
 from armillary.train.config import RunConfig
+from armillary.train.data.tokenizer import Tokenizer, load_tokenizer
 from armillary.train.engine import Engine
-from armillary.train.model import Transformer
-from armillary.train.restore import load_weights, newest_sound
+from armillary.train.model.transformer import Transformer
 from armillary.train.run_folder import open_run
-from armillary.train.tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ import torch
 from armillary.comm.link import short
 from armillary.parallel.held import Held
 from armillary.parallel.part import Part
-from armillary.parallel.pipeline_stage import HiddenShape
-from armillary.parallel.pipeline_times import Times, hop_seconds, measure_stages
-from armillary.parallel.schedule import Action, Schedule, schedule_named
-from armillary.parallel.schedule_simulator import Costs
-from armillary.parallel.schedule_synthesis import Synthesis, synthesise
+from armillary.parallel.pipeline.stage import HiddenShape
+from armillary.parallel.pipeline.times import Times, hop_seconds, measure_stages
+from armillary.parallel.schedule.by_name import Action, Schedule, schedule_named
+from armillary.parallel.schedule.simulator import Costs
+from armillary.parallel.schedule.synthesis import Synthesis, synthesise
 from armillary.train.config import RunConfig
-from armillary.train.data import Batch
+from armillary.train.data.dataset import Batch
 from armillary.train.resolve import slowest_link
 from armillary.train.share import share
 

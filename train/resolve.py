@@ -14,11 +14,11 @@ import torch.distributed as dist
 
 from armillary.comm.collectives import all_reduce
 from armillary.comm.link import Link, measure_link, short
-from armillary.kernels.attention import forward
-from armillary.kernels.mask import Mask
-from armillary.kernels.places import Places
-from armillary.kernels.tiles import Tile
-from armillary.parallel.context_choice import Choice, Machine, Shape, choose
+from armillary.kernels.attention.call import forward
+from armillary.kernels.attention.mask import Mask
+from armillary.kernels.attention.places import Places
+from armillary.kernels.attention.tiles import Tile
+from armillary.parallel.context.choice import Choice, Machine, Shape, choose
 from armillary.parallel.mesh import Ranks
 from armillary.parallel.plan import Plan
 from armillary.train.config import RunConfig

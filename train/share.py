@@ -5,10 +5,10 @@ from typing import get_args
 
 import numpy as np
 
-from armillary.kernels.places import Places
-from armillary.parallel.layout import Placement, lay_out
+from armillary.kernels.attention.places import Places
+from armillary.parallel.context.layout import Placement, lay_out
 from armillary.parallel.mesh import Ranks
-from armillary.train.data import Batch
+from armillary.train.data.dataset import Batch
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ def share(batch: Batch, ranks: Ranks, placement: str) -> Share:
     """This rank's share, the same on no other. Labels were shifted before: each travels with its token.
 
     Args:
-        placement: how `parallel/layout.py` deals tokens out; auto goes by the mask and the documents.
+        placement: how `parallel/context/layout.py` deals tokens out; auto goes by the mask and the documents.
     """
     size = ranks.context.size()
     if size == 1:

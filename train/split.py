@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
+from armillary.parallel.pipeline.layers import LayerCosts, given_layers, split_layers
 from armillary.parallel.plan import Plan
-from armillary.parallel.schedule import place_stages
-from armillary.parallel.schedule_stock import SHAPES
-from armillary.parallel.stages import LayerCosts, given_layers, split_layers
-from armillary.train.model_shape import ModelConfig, stage_costs
+from armillary.parallel.schedule.by_name import place_stages
+from armillary.parallel.schedule.stock import SHAPES
+from armillary.train.model.shape import ModelConfig, stage_costs
 
 
 def stages_of(

@@ -12,19 +12,7 @@ from filelock import FileLock, Timeout
 
 from armillary.parallel.mesh import Ranks, joined_ranks
 from armillary.train.build import build_engine
-from armillary.train.cache import digest
-from armillary.train.checkpoint import Checkpointer
-from armillary.train.config import RunConfig, check_vocabulary, dump_config, load_config
-from armillary.train.data import Batch, Dataset, from_anywhere, held_out_batches, micro_batches, prepare
-from armillary.train.failure import RunStopped
-from armillary.train.guard import Guard, Verdict
-from armillary.train.initial_weights import checked_weights, take_weights
-from armillary.train.metrics import Ending
-from armillary.train.model_shape import num_parameters
-from armillary.train.observer import Observer
-from armillary.train.optim import build_optimizers
-from armillary.train.resolve import resolve
-from armillary.train.restore import (
+from armillary.train.checkpoint.restore import (
     check_same_data,
     load_state,
     newest_sound,
@@ -32,10 +20,22 @@ from armillary.train.restore import (
     shared_state,
     weights_are_finite,
 )
+from armillary.train.checkpoint.save import Checkpointer
+from armillary.train.checkpoint.store import write_aside
+from armillary.train.config import RunConfig, check_vocabulary, dump_config, load_config
+from armillary.train.data.cache import digest
+from armillary.train.data.dataset import Batch, Dataset, from_anywhere, held_out_batches, micro_batches, prepare
+from armillary.train.failure import RunStopped
+from armillary.train.guard import Guard, Verdict
+from armillary.train.initial_weights import checked_weights, take_weights
+from armillary.train.metrics import Ending
+from armillary.train.model.shape import num_parameters
+from armillary.train.observer import Observer
+from armillary.train.optim.optimizers import build_optimizers
+from armillary.train.optim.schedule import learning_rate_ratio
+from armillary.train.proof.verify import verify_plan
+from armillary.train.resolve import resolve
 from armillary.train.run_folder import RunFolder, create_run, open_run
-from armillary.train.schedule import learning_rate_ratio
-from armillary.train.store import write_aside
-from armillary.train.verify import verify_plan
 
 
 @dataclass(frozen=True)

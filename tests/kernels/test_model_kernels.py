@@ -8,8 +8,8 @@ import torch
 from kernel_checks import DEVICE, kernels
 from torch import Tensor
 
-from armillary.train.model import Transformer, initialise
-from armillary.train.model_shape import ModelConfig
+from armillary.train.model.shape import ModelConfig
+from armillary.train.model.transformer import Transformer, initialise
 
 interpreter.install()
 

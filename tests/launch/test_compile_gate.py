@@ -201,7 +201,7 @@ def test_no_kernel_is_forgotten() -> None:
     """Every jitted function that no other calls is launched from Python, so it needs a specimen."""
     pytest.importorskip("triton")
     jitted, called = set(), set()
-    for path in (TESTS.parent / "kernels").glob("*.py"):
+    for path in (TESTS.parent / "kernels").glob("**/*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(d) for d in node.decorator_list):
                 jitted.add((path.stem, node.name))

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from armillary.launch import cli
-from armillary.train.tokenizer import byte_tokenizer
+from armillary.train.data.tokenizer import byte_tokenizer
 
 transformers = pytest.importorskip("transformers")
 

@@ -7,9 +7,9 @@ from armillary.parallel.mesh import make_ranks
 from armillary.parallel.plan import Partition, Plan
 from armillary.train.build import build_engine
 from armillary.train.config import RunConfig
-from armillary.train.model import Transformer, initialise
-from armillary.train.model_shape import ModelConfig
-from armillary.train.schedule import OptimConfig
+from armillary.train.model.shape import ModelConfig
+from armillary.train.model.transformer import Transformer, initialise
+from armillary.train.optim.schedule import OptimConfig
 
 # Rows that 2, 3 and 4 ranks do not divide: 101 embeddings, 42 channels, 6 key and value channels.
 SHAPE = ModelConfig(dim=42, num_layers=2, num_heads=7, num_kv_heads=1, vocab_size=101, qkv_bias=True, ffn_dim=33)

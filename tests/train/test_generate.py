@@ -7,13 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from armillary.kernels.mask import Mask
-from armillary.kernels.places import Places
+from armillary.kernels.attention.mask import Mask
+from armillary.kernels.attention.places import Places
+from armillary.train.data.tokenizer import byte_tokenizer
 from armillary.train.generate import generate, shown
-from armillary.train.kv_cache import RememberingCore, remembering
-from armillary.train.model import Transformer
-from armillary.train.model_shape import ModelConfig, RopeScaling
-from armillary.train.tokenizer import byte_tokenizer
+from armillary.train.model.kv_cache import RememberingCore, remembering
+from armillary.train.model.shape import ModelConfig, RopeScaling
+from armillary.train.model.transformer import Transformer
 
 VOCAB = 260
 TINY: dict[str, Any] = {"dim": 32, "num_layers": 2, "num_heads": 4, "ffn_dim": 48, "vocab_size": VOCAB}

@@ -11,13 +11,13 @@ from armillary.parallel.mesh import make_ranks
 from armillary.parallel.plan import Plan
 from armillary.train.build import build_engine
 from armillary.train.config import RunConfig
-from armillary.train.data import DataConfig
-from armillary.train.huggingface import write_weights
+from armillary.train.data.dataset import DataConfig
+from armillary.train.data.tokenizer import byte_tokenizer
+from armillary.train.huggingface.convert import write_weights
 from armillary.train.initial_weights import checked_weights, shapes_of, take_weights
-from armillary.train.model_shape import ModelConfig
+from armillary.train.model.shape import ModelConfig
+from armillary.train.optim.schedule import OptimConfig
 from armillary.train.run_folder import create_run
-from armillary.train.schedule import OptimConfig
-from armillary.train.tokenizer import byte_tokenizer
 
 MODEL = ModelConfig(dim=24, num_layers=2, num_heads=3, ffn_dim=40, vocab_size=61, rope_theta=500.0)
 

@@ -12,11 +12,11 @@ import pytest
 import world as ranks
 
 from armillary.parallel.mesh import make_ranks
+from armillary.train.checkpoint.store import complete, read_manifest, verify
 from armillary.train.config import RunConfig, load_config
-from armillary.train.data import prepare
+from armillary.train.data.dataset import prepare
 from armillary.train.metrics import latest_per_step, read_metrics
 from armillary.train.run_folder import create_run, open_run
-from armillary.train.store import complete, read_manifest, verify
 from armillary.train.trainer import Trainer
 
 

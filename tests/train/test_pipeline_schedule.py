@@ -12,10 +12,10 @@ from armillary.parallel.schedule import check
 from armillary.train import resolve as resolving
 from armillary.train.build import build_engine
 from armillary.train.config import RunConfig
-from armillary.train.data import Batch, DataConfig
-from armillary.train.model_shape import ModelConfig
+from armillary.train.data.dataset import Batch, DataConfig
+from armillary.train.model.shape import ModelConfig
+from armillary.train.optim.schedule import OptimConfig
 from armillary.train.resolve import resolve
-from armillary.train.schedule import OptimConfig
 
 MODEL = ModelConfig(dim=32, num_layers=8, num_heads=4, vocab_size=64)
 

@@ -12,12 +12,12 @@ from filelock import FileLock
 
 from armillary.parallel.mesh import make_ranks
 from armillary.train import trainer as trainer_module
+from armillary.train.checkpoint.store import complete, read_manifest
 from armillary.train.config import RunConfig, load_config
-from armillary.train.data import prepare
+from armillary.train.data.dataset import prepare
 from armillary.train.failure import RunStopped
 from armillary.train.metrics import latest_per_step, read_metrics
 from armillary.train.run_folder import create_run, open_run
-from armillary.train.store import complete, read_manifest
 from armillary.train.trainer import Trainer
 
 CONFIG = """
@@ -346,7 +346,7 @@ def test_a_run_is_trained_by_one_process_at_a_time(folder):
 
 def test_the_labels_without_a_loss_are_the_same_everywhere():
     from armillary.kernels import cross_entropy
-    from armillary.train import packing
+    from armillary.train.data import packing
 
     assert packing.IGNORE == cross_entropy.IGNORE
 

@@ -1,0 +1,141 @@
+"""`armillary bench context`: strategies of context parallelism side by side, on this machine's cores or in a lab."""
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from armillary.launch.bench.by_name import with_facts
+from armillary.launch.bench.context_rank import DTYPE, Work, write_work
+from armillary.launch.bench.context_rows import PLAIN, print_rows, rows_of
+from armillary.launch.lab.permission import why_not
+from armillary.launch.lab.run import run_in_lab
+from armillary.launch.lab.spec import TOPOLOGIES, LabSpec, read_spec
+from armillary.launch.ranks import start_ranks
+from armillary.parallel.context.core import STRATEGIES
+from armillary.train.failure import RunStopped
+
+RANK = "armillary.launch.bench.context_rank"
+
+
+@dataclass(frozen=True)
+class Regime:
+    """Sizes that make one side of the work the longer one."""
+
+    tokens: int
+    rate: str
+
+
+REGIMES = {"communication": Regime(512, "100mbit"), "compute": Regime(2048, "200mbit")}
+
+
+def measure(
+    repetitions: int,
+    regime: str = "communication",
+    tokens: int | None = None,
+    heads: str = "8:8,8:1",
+    strategies: str = "",
+    ranks: int | None = None,
+    lab: str = "",
+    hosts: int | None = None,
+    rate: str = "",
+    cpus: str = "",
+) -> dict[str, Any]:
+    """Runs the benchmark, prints its tables and returns the rows with the facts of the machine.
+
+    Args:
+        repetitions: interleaved, after one of warm-up.
+        regime: a name of `REGIMES`, for what is left out of `tokens` (of one rank) and `rate`.
+        heads: query heads and key heads of each case.
+        strategies: names; empty for all. all_gather is always among them.
+        ranks: processes on this machine, without a lab.
+        lab: topology of a lab with one rank a host; empty for none.
+        hosts, rate, cpus: of the lab, see `lab_spec.read_spec`.
+
+    Raises:
+        ValueError: for options that do not go together, or where a lab is not permitted.
+        RunStopped, RuntimeError: if a rank fails.
+    """
+    if regime not in REGIMES:
+        raise ValueError(f"--regime {regime}: allowed are {', '.join(REGIMES)}")
+    _check_where(lab, ranks, hosts, rate, cpus)
+    spec = read_spec(hosts or 4, rate or REGIMES[regime].rate, lab, cpus=cpus) if lab else None
+    num_ranks = spec.num_hosts if spec else ranks or 4
+    work = Work(
+        num_ranks=num_ranks,
+        tokens=tokens or REGIMES[regime].tokens,
+        heads=read_heads(heads),
+        strategies=_read_strategies(strategies),
+        repetitions=repetitions,
+    )
+    if spec and (why := why_not(spec)):
+        raise ValueError(why)
+    # Before the run, so that the commit is the one that runs.
+    run_facts, load = with_facts("context", [], repetitions), os.getloadavg()
+    figures, facts = _run(work, spec)
+    rows = rows_of(work, figures)
+    print_rows(work, rows)
+    loads = {"before": load, "after": os.getloadavg()}
+    where = {
+        "link": figures[0]["link"],
+        "regime": regime,
+        "ranks": num_ranks,
+        "tokens": work.tokens,
+        "head_dim": work.head_dim,
+    }
+    return {**run_facts, "rows": rows, **where, "dtype": str(DTYPE), "load": loads, "lab": facts}
+
+
+def _check_where(lab: str, ranks: int | None, hosts: int | None, rate: str, cpus: str) -> None:
+    if lab and lab not in TOPOLOGIES:
+        raise ValueError(f"--lab {lab}: allowed are {', '.join(TOPOLOGIES)}")
+    if lab and ranks:
+        raise ValueError(f"--ranks {ranks}: in a lab each host is a rank; give --hosts")
+    given = {"--hosts": hosts, "--rate": rate, "--cpus": cpus}
+    for option, value in given.items() if not lab else ():
+        if value:
+            raise ValueError(f"{option} {value}: describes a lab; add --lab star, mesh or ring")
+    if (ranks is not None and ranks < 2) or (hosts is not None and hosts < 2):
+        raise ValueError("bench context: one rank has nobody to exchange with; give 2 ranks or hosts, or more")
+
+
+def read_heads(text: str) -> tuple[tuple[int, int], ...]:
+    """Pairs of query heads and key heads: "8:8,8:1".
+
+    Raises:
+        ValueError: if a pair is none, or its key heads do not divide its heads.
+    """
+    pairs = []
+    for part in text.split(","):
+        first, _, second = part.strip().partition(":")
+        if not (first.isdigit() and second.isdigit() and int(second)) or int(first) % int(second) or not int(first):
+            raise ValueError(f"--heads {part}: write query heads and key heads that divide them, for example 8:8,8:1")
+        pairs.append((int(first), int(second)))
+    return tuple(pairs)
+
+
+def _read_strategies(text: str) -> tuple[str, ...]:
+    names = [part.strip() for part in text.split(",")] if text else list(STRATEGIES)
+    for name in names:
+        if name not in STRATEGIES:
+            raise ValueError(f"--strategies {name}: there is no such strategy; there are {', '.join(STRATEGIES)}")
+    return tuple(dict.fromkeys([*names, PLAIN]))
+
+
+def _run(work: Work, spec: LabSpec | None) -> tuple[list[Any], Any]:
+    """The figures of each rank, and what the lab's hosts and links did."""
+    facts = None
+    with tempfile.TemporaryDirectory(prefix="armillary-context-") as folder:
+        write_work(Path(folder, "work.json"), work)
+        if spec:
+            facts = run_in_lab(spec, ["-m", RANK, folder])
+            if facts["exit_code"]:
+                raise RunStopped(f"bench context: a rank ended with exit code {facts['exit_code']}; see above")
+        else:
+            failure = start_ranks(work.num_ranks, RANK, [folder])
+            if failure is not None:
+                raise RuntimeError(failure.traceback) if failure.bug else RunStopped(failure.message)
+        files = [Path(folder, f"figures-{rank}.json") for rank in range(work.num_ranks)]
+        return [json.loads(file.read_text()) for file in files], facts

@@ -1,0 +1,107 @@
+"""What each pass of a pipeline's stages takes, measured on the stages themselves before a run starts."""
+
+import math
+import time
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from armillary.comm.collectives import all_reduce
+from armillary.comm.ledger import Ledger
+from armillary.parallel.part import Part
+from armillary.parallel.pipeline import fsdp as pipeline_fsdp
+from armillary.parallel.pipeline.mail import Letter, Mail
+from armillary.parallel.pipeline.stage import HiddenShape, Stage
+
+ROUNDS = 3
+"""Of which the first warms up, and the fastest counts."""
+Times = tuple[float, float, float]
+"""Seconds of F, I and W."""
+
+
+class _Rehearsal(Mail):
+    """Mail that goes nowhere: what is expected is there at once, and full of small numbers."""
+
+    def send(self, letter: Letter, tensor: Tensor) -> None:
+        pass
+
+    def expect(self, letter: Letter, shape: tuple[int, ...]) -> None:
+        self.shape = shape
+
+    def open(self, letter: Letter) -> Tensor:
+        return torch.full(self.shape, 1e-3, dtype=self.dtype, device=self.device)
+
+    def local(self, stage: int) -> bool:
+        return False
+
+
+def measure_stages(
+    stages: Sequence[nn.Module],
+    stage_ranks: Sequence[int],
+    part: Part,
+    hidden: HiddenShape,
+    dtype: torch.dtype,
+    *,
+    group: dist.ProcessGroup,
+    everyone: dist.ProcessGroup,
+    ledger: Ledger,
+) -> list[Times]:
+    """Seconds that each stage of the pipeline takes for a micro-batch like `part`, on its slowest rank.
+
+    All ranks call at once, and get the same list. Weights stay as they are, and gradients are dropped.
+
+    Args:
+        stages: this rank's, which hold gathered shards afterwards no more than before.
+        stage_ranks: the pipeline rank of every stage.
+        part: a micro-batch; its tokens need mean nothing.
+        group, everyone: the pipeline axis; all ranks.
+    """
+    device = part.tokens.device
+    times = torch.zeros(len(stage_ranks), 3, dtype=torch.float64, device=device)
+    mail = _Rehearsal(stage_ranks, group=group, ledger=ledger, device=device, dtype=dtype)
+    numbers = [number for number, rank in enumerate(stage_ranks) if rank == group.rank()]
+    for number, module in zip(numbers, stages, strict=True):
+        stage = Stage(module, number, mail, hidden, splits_backward=True)
+        rounds = [_round(stage, part) for _ in range(ROUNDS)][1:]
+        times[number] = torch.tensor([min(seconds) for seconds in zip(*rounds, strict=True)], dtype=torch.float64)
+        for parameter in module.parameters():
+            parameter.grad = None
+    all_reduce(times, group=everyone, ledger=ledger, purpose="measurement", op=dist.ReduceOp.MAX)
+    return [(f, i, w) for f, i, w in times.tolist()]
+
+
+def _round(stage: Stage, part: Part) -> Times:
+    """One micro-batch through one stage, timed."""
+    seconds = []
+    stage.begin([part], torch.ones((), device=stage.device))
+
+    def timed(action: str) -> None:
+        began = time.perf_counter()
+        if action == "F":
+            if not stage.is_first:
+                stage.get_fwd_recv_ops(0)
+            stage.forward_one_chunk(0)
+        elif action == "I":
+            if not stage.is_last:
+                stage.get_bwd_recv_ops(0)
+            stage.backward_one_chunk(0, full_backward=False)
+        else:
+            stage.backward_weight_one_chunk(0)
+        if stage.device.type == "cuda":
+            torch.cuda.synchronize(stage.device)
+        seconds.append(time.perf_counter() - began)
+
+    for action in ("F", "I", "W"):
+        timed(action)
+    stage.clear_runtime_states()
+    pipeline_fsdp.reduce(stage.submod)
+    pipeline_fsdp.reshard(stage.submod)
+    f, i, w = seconds
+    return f, i, w
+
+
+def hop_seconds(rate: float, latency: float, shape: tuple[int, ...], dtype: torch.dtype) -> float:
+    """Of hidden from one stage to the next over a link of so many bytes a second."""
+    return latency + math.prod(shape) * dtype.itemsize / rate

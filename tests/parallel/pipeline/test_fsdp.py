@@ -1,0 +1,84 @@
+"""FSDP inside a pipeline: exact, and gathered and reduced once a step."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from pipeline_cases import Case, hidden, parts_of, problems, run_pipeline, stages_of
+from torch.distributed.device_mesh import init_device_mesh
+
+from armillary.comm.ledger import Ledger
+from armillary.parallel.partition import shard
+from armillary.parallel.pipeline.runner import Pipeline
+from armillary.parallel.plan import Partition
+
+PIPELINE = 2
+
+
+def sharded(case: Case, ledger: Ledger, compute: torch.dtype = torch.float64):
+    """This rank's stages, each an FSDP root over pairs of ranks, and their pipeline; and the rank in the pair."""
+    mesh = init_device_mesh("cpu", (PIPELINE, 2), mesh_dim_names=("pp", "plane"))
+    group = mesh["pp"].get_group()
+    schedule = case.plan(PIPELINE)
+    stages = stages_of(case, schedule, group.rank())
+    for stage in stages:
+        shard(
+            stage,
+            stage.blocks.values(),
+            Partition(weights="all"),
+            mesh=mesh["plane"],
+            compute=compute,
+            ledger=ledger,
+        )
+    pipeline = Pipeline(
+        stages,
+        schedule,
+        group=group,
+        ledger=ledger,
+        device=torch.device("cpu"),
+        dtype=compute,
+        hidden=hidden,
+        overlap=case.overlap,
+    )
+    return pipeline, stages, mesh["plane"].get_local_rank()
+
+
+def on_rank(rank: int, case: Case):
+    ledger = Ledger()
+    pipeline, stages, copy_number = sharded(case, ledger)
+    losses, sums, gradients = run_pipeline(case, pipeline, stages, ledger, rank // 2, copy_number)
+    # Both ranks of a pair hold the same whole gradients and evaluated the same: count one.
+    return losses, [value * (copy_number == 0) for value in sums], gradients if copy_number == 0 else {}
+
+
+CASES = [
+    Case("1f1b", num_parts=5),
+    Case("interleaved", num_parts=3, tied=False, recompute="selective"),
+    Case("zb1p", num_parts=4, tied=False, recompute="full"),
+    Case("zbv", num_parts=5, recompute="selective", qk_norm=True),
+    Case("dualpipev", num_parts=6, overlap=True, recompute="full", qkv_bias=True),
+    Case("interleaved", num_parts=4, stages_per_rank=4),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_same_as_one_process(world, case):
+    found = world(on_rank, 2 * PIPELINE, case)
+    wrong = problems(found, case, case.plan(PIPELINE).num_stages, copies=2)
+    assert not wrong, "\n".join(wrong)
+
+
+def traffic(rank: int, case: Case) -> dict[str, int]:
+    ledger = Ledger()
+    pipeline, _, copy_number = sharded(case, ledger)
+    pipeline.forward_backward(parts_of(case, 0, copy_number), torch.tensor(3))
+    dist.barrier()
+    return ledger.by_purpose()
+
+
+@pytest.mark.parametrize("name", ["1f1b", "interleaved", "zbv"])
+def test_weights_and_gradients_move_once_a_step(world, name):
+    few, many = (world(traffic, 2 * PIPELINE, Case(name, num_parts=number, recompute="selective")) for number in (2, 7))
+    for rank in range(2 * PIPELINE):
+        assert few[rank]["gradients"] == many[rank]["gradients"] > 0
+        assert few[rank]["weights"] == many[rank]["weights"] == few[rank]["gradients"]
+        assert few[rank]["pipeline"] < many[rank]["pipeline"]
