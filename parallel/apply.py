@@ -1,7 +1,14 @@
-"""A plan applied to an ordinary model, in one order."""
+"""A plan applied to an ordinary model: its strategies one after the other, in one order.
+
+A strategy is a function of a model and its site that changes the model in place, on the meta device, and does nothing
+where the plan does not ask for it. To add one: write it here in a few lines, what it does in a room of its own, and put
+it where it belongs in `STRATEGIES`.
+"""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,12 +18,94 @@ from armillary.parallel.cut import Cut
 from armillary.parallel.held import Held
 from armillary.parallel.mesh import Ranks
 from armillary.parallel.partition import shard
-from armillary.parallel.pipeline.apply import keep_stage
+from armillary.parallel.pipeline.cut_model import cut_to_stage
 from armillary.parallel.plan import Partition, Plan
-from armillary.parallel.tensor.apply import apply_tensor, first_kv_head, tensor_cuts
+from armillary.parallel.tensor.cut_model import cut_to_rank
+from armillary.parallel.tensor.cuts import first_kv_head, tensor_cuts
 
 Stages = Sequence[tuple[int, int]]
 """Of each stage of a pipeline, in the model's order: the pipeline rank that holds it, and how many layers it has."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a strategy is told of the stage that it changes, and of where it will run."""
+
+    plan: Plan
+    partition: Partition | None
+    """None leaves the state of the data plane to another engine."""
+    ranks: Ranks
+    compute: torch.dtype
+    """Of forward and backward."""
+    cuts: dict[str, Cut]
+    """How tensor ranks divide each parameter of the whole model."""
+    layers: range
+    """Numbers of the stage's layers."""
+    begins: bool
+    ends: bool
+
+
+def pipeline(model: Any, site: Site) -> None:
+    """Keeps the stage's layers."""
+    if site.plan.pp > 1:
+        cut_to_stage(model, site.layers, site.begins, site.ends)
+
+
+def tensor(model: Any, site: Site) -> None:
+    """Cuts each parameter to this rank's part, and puts communication at the model's seams."""
+    if site.plan.tp > 1:
+        cut_to_rank(model, site.cuts, group=site.ranks.tensor, ledger=site.ranks.ledger)
+
+
+def context(model: Any, site: Site) -> None:
+    """Puts attention over the tokens of all ranks of the context group in the place of each attention's core."""
+    plan, ranks = site.plan, site.ranks
+    if plan.cp == 1:
+        return
+    for block in model.blocks.values():
+        block.attention.core = ContextCore(
+            (plan.context, plan.context_backward or plan.context),
+            group=ranks.context,
+            ledger=ranks.ledger,
+            mask=block.attention.core.mask,
+            level=plan.context_level or None,
+            first_head=first_kv_head(site.cuts, ranks.tensor.rank(), block.attention.head_dim),
+        )
+
+
+def recompute(model: Any, site: Site) -> None:
+    """Says to each block what it shall compute again for backward."""
+    for block in model.blocks.values():
+        block.recompute = site.plan.recompute
+
+
+def compiled(model: Any, site: Site) -> None:
+    """Compiles block by block."""
+    if not site.plan.compile:
+        return
+    for block in model.blocks.values():
+        # It works on tables of the host, which a compiler would take for constants: the graph breaks there.
+        block.attention.core.forward = torch.compiler.disable(block.attention.core.forward)
+        block.compile()
+
+
+def partition(model: Any, site: Site) -> None:
+    """Shards state over the data plane. Where there is nothing to share and nothing to cast it would only copy."""
+    plane = site.ranks.plane
+    if site.partition is None:
+        return
+    if plane.size() > 1 or any(parameter.dtype != site.compute for parameter in model.parameters()):
+        shard(model, site.partition, mesh=plane, compute=site.compute, ledger=site.ranks.ledger)
+
+
+STRATEGIES: tuple[Callable[[Any, Site], None], ...] = (
+    pipeline,  # nothing after it works on layers of others
+    tensor,  # says how many heads are here
+    context,  # has no parameters, and takes whatever heads are here
+    recompute,
+    compiled,  # all that has been made of a block
+    partition,  # wraps what every other step has changed
+)
 
 
 def apply(
@@ -29,69 +118,24 @@ def apply(
 ) -> Held:
     """What this rank holds of a model under a plan, on the meta device.
 
-    The order, and why: (1) pipeline: a stage keeps its layers, so that nothing after it works on others; (2) tensor:
-    cuts the layers' parameters, which says how many heads are here; (3) context: replaces the attention's core, which
-    has no parameters; (4) recompute: a block's own switch; (5) compile: block by block, all that has been made of it;
-    (6) partition, last of all, since it wraps what every other step has changed. It is left out where there is nothing
-    to share and nothing to cast: there it would only copy. Afterwards the caller allocates (`to_empty`) and fills the
-    weights (`Held.fill`).
+    Afterwards the caller allocates (`to_empty`) and fills the weights (`Held.fill`).
 
     Args:
-        make: a new whole model on the meta device, in the weights' dtype.
-        partition: None leaves it to another engine.
+        make: a new whole Transformer (train/model/transformer.py) on the meta device, in the weights' dtype.
+        partition: None leaves the state of the data plane to another engine.
         stages: of the pipeline; one if there is none.
         compute: dtype of forward and backward.
     """
-    whole = make()
-    cuts = {name: Cut.whole(tuple(parameter.shape)) for name, parameter in whole.named_parameters()}
-    if plan.tp > 1:
-        cuts = tensor_cuts(whole, plan.tp)
-    held = []
+    cuts = tensor_cuts(make(), plan.tp)
     edges = list(accumulate((layers for _, layers in stages), initial=0))
-    for number, (holder, layers) in enumerate(stages):
-        if holder == ranks.pipeline.rank():
-            model = make()
-            if len(stages) > 1:
-                first = edges[number]
-                keep_stage(model, range(first, first + layers), number == 0, number == len(stages) - 1)
-            _apply_to_stage(model, cuts, plan, partition, ranks, compute)
-            held.append(model)
+    held = []
+    for number, (holder, _) in enumerate(stages):
+        if holder != ranks.pipeline.rank():
+            continue
+        layers = range(edges[number], edges[number + 1])
+        site = Site(plan, partition, ranks, compute, cuts, layers, number == 0, number == len(stages) - 1)
+        model = make()
+        for strategy in STRATEGIES:
+            strategy(model, site)
+        held.append(model)
     return Held(tuple(held), cuts, ranks, stages[-1][0])
-
-
-def _apply_to_stage(
-    model: nn.Module,
-    cuts: dict[str, Cut],
-    plan: Plan,
-    partition: Partition | None,
-    ranks: Ranks,
-    compute: torch.dtype,
-) -> None:
-    blocks: list[nn.Module] = list(model.blocks.values())  # type: ignore[operator]
-    if plan.tp > 1:
-        apply_tensor(model, cuts, group=ranks.tensor, ledger=ranks.ledger)
-    if plan.cp > 1:
-        passes = (plan.context, plan.context_backward or plan.context)
-        for block in blocks:
-            attention: nn.Module = block.attention  # type: ignore[assignment]
-            rank, head_dim = ranks.tensor.rank(), int(attention.head_dim)  # type: ignore[arg-type]
-            head = first_kv_head(cuts, rank, head_dim) if plan.tp > 1 else 0
-            attention.core = ContextCore(
-                passes,
-                group=ranks.context,
-                ledger=ranks.ledger,
-                mask=attention.core.mask,  # type: ignore[union-attr, arg-type]
-                level=plan.context_level or None,
-                first_head=head,
-            )
-    for block in blocks:
-        block.recompute = plan.recompute  # type: ignore[assignment]
-        if plan.compile:
-            # It works on tables of the host, which a compiler would take for constants: the graph breaks there.
-            core: nn.Module = block.attention.core  # type: ignore[assignment, union-attr]
-            core.forward = torch.compiler.disable(core.forward)
-            block.compile()
-    if partition is None:
-        return
-    if ranks.plane.size() > 1 or any(parameter.dtype != compute for parameter in model.parameters()):
-        shard(model, blocks, partition, mesh=ranks.plane, compute=compute, ledger=ranks.ledger)

@@ -14,7 +14,7 @@ from armillary.comm import exchange
 from armillary.comm.collectives import all_reduce
 from armillary.parallel.cut import Box, Cut
 from armillary.parallel.mesh import Ranks
-from armillary.parallel.tensor.apply import sum_replicas
+from armillary.parallel.tensor.replicas import sum_replicas
 
 EMBEDDING = "embedding.weight"
 WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})

@@ -1,6 +1,5 @@
 """Weights, gradients and optimizer state sharded over the data-parallel ranks: FSDP2, with counted collectives."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -51,21 +50,20 @@ class _ReduceScatter:
 
 def shard(
     model: nn.Module,
-    blocks: Iterable[nn.Module],
     partition: Partition,
     *,
     mesh: DeviceMesh,
     compute: torch.dtype,
     ledger: Ledger,
 ) -> None:
-    """Shards every parameter over `mesh`, block by block, in place.
+    """Shards every parameter of a Transformer, or of a stage of one, over `mesh`, block by block, in place.
 
     Parameters keep their dtype; forward and backward run in `compute`; gradients are summed over the ranks in float32
     (float64 for a float64 model), never averaged.
     """
     reduce = torch.float64 if compute == torch.float64 else torch.float32
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce, cast_forward_inputs=False)
-    for block in blocks:
+    for block in model.blocks.values():  # type: ignore[operator]
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=partition.weights == "all")
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for module in model.modules():

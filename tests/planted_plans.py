@@ -114,7 +114,7 @@ def key_heads_off_by_one(rank: int) -> None:
 
 
 def vocabulary_off_by_one(rank: int) -> None:
-    from armillary.parallel.tensor import apply as tensor
+    from armillary.parallel.tensor import cut_model as tensor
 
     honest = tensor.VocabEmbedding
     tensor.VocabEmbedding = lambda weight, first, stream: honest(weight, first + (first > 0), stream)
@@ -147,7 +147,7 @@ def muon_without_a_rank(rank: int) -> None:
 def layers_of_a_stage_swapped(rank: int) -> None:
     from armillary.parallel import apply
 
-    honest = apply.keep_stage
+    honest = apply.cut_to_stage
 
     def swapped(model, layers, begins, ends):
         honest(model, layers, begins, ends)
@@ -157,7 +157,7 @@ def layers_of_a_stage_swapped(rank: int) -> None:
         for name, block in reversed(blocks):
             model.blocks[name] = block
 
-    apply.keep_stage = swapped
+    apply.cut_to_stage = swapped
 
 
 def recomputed_from_another_input(rank: int) -> None:

@@ -10,7 +10,9 @@ from torch import Tensor
 from armillary.comm.ledger import Ledger
 from armillary.kernels.attention.places import Places
 from armillary.parallel.cut import Box, Cut
-from armillary.parallel.tensor.apply import apply_tensor, sum_replicas, tensor_cuts
+from armillary.parallel.tensor.cut_model import cut_to_rank
+from armillary.parallel.tensor.cuts import tensor_cuts
+from armillary.parallel.tensor.replicas import sum_replicas
 from armillary.train.model.shape import ModelConfig
 from armillary.train.model.transformer import IGNORE, Transformer, initialise
 
@@ -119,7 +121,7 @@ def on_rank(
     assert group is not None
     model = make(case, dtype)
     cuts = tensor_cuts(model, group.size())
-    apply_tensor(model, cuts, group=group, ledger=ledger)
+    cut_to_rank(model, cuts, group=group, ledger=ledger)
     fill(model, weights_of(case, dtype), cuts, group.rank())
     result = compute(model, case)
     sum_replicas(result.gradients, cuts, group=group, ledger=ledger)

@@ -8,7 +8,7 @@ from armillary.parallel.held import Held
 from armillary.parallel.mesh import Ranks
 from armillary.parallel.pipeline.runner import Pipeline
 from armillary.parallel.serial import Serial
-from armillary.parallel.tensor.apply import hidden_shape
+from armillary.parallel.tensor.cuts import hidden_shape
 from armillary.train.config import RunConfig
 from armillary.train.deepspeed.engine import shard_with_deepspeed
 from armillary.train.engine import Engine

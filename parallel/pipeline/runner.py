@@ -1,9 +1,9 @@
 """Pipeline parallelism: a model's stages on several ranks, run by a schedule.
 
-A stage module is a Transformer (train/model/transformer.py) cut to some of its layers by
-`parallel.pipeline.apply.keep_stage`, and changed by the rest of a plan: `module(x, places, labels)` takes tokens where
-it begins and hidden elsewhere, returns hidden, or where it ends, with labels, the SUM of the loss. It may be an FSDP
-root; then its weights are gathered when the schedule comes to it, and its gradients reduced once a step.
+A stage module is a Transformer (train/model/transformer.py) cut to some of its layers (pipeline/cut_model.py) and changed
+by the rest of a plan: `module(x, places, labels)` takes tokens where it begins and hidden elsewhere, returns hidden, or
+where it ends, with labels, the SUM of the loss. It may be an FSDP root; then its weights are gathered when the schedule
+comes to it, and its gradients reduced once a step.
 
 How it works: torch's runtime (pipeline/torch_runtime.py) drives our stages (pipeline/stage.py) by our schedules
 (schedule/); messages go through pipeline/mail.py.

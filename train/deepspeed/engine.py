@@ -15,7 +15,7 @@ from armillary.comm.collectives import all_reduce
 from armillary.parallel.held import Held
 from armillary.parallel.mesh import Ranks
 from armillary.parallel.part import Part
-from armillary.parallel.tensor.apply import sum_replicas
+from armillary.parallel.tensor.replicas import sum_replicas
 from armillary.train.deepspeed.start import environment, start
 from armillary.train.deepspeed.state import GRADIENTS, MOMENTS, WEIGHTS, ZeroState
 from armillary.train.engine import Engine

@@ -23,7 +23,6 @@ def sharded(case: Case, ledger: Ledger, compute: torch.dtype = torch.float64):
     for stage in stages:
         shard(
             stage,
-            stage.blocks.values(),
             Partition(weights="all"),
             mesh=mesh["plane"],
             compute=compute,

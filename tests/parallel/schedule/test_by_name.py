@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch_schedules import run_dry, torch_actions, torch_order
 
-from armillary.parallel.schedule.check import check
 from armillary.parallel.schedule.by_name import SCHEDULES, Action, place_stages, schedule_named, shape_of
+from armillary.parallel.schedule.check import check
 from armillary.parallel.schedule.stock import GENERATORS, ONLY_STAGES
 
 

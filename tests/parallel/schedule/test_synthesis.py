@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch_schedules import run_dry
 
-from armillary.parallel.schedule.check import check
 from armillary.parallel.schedule.bound import lower_bound
 from armillary.parallel.schedule.by_name import place_stages
+from armillary.parallel.schedule.check import check
 from armillary.parallel.schedule.greedy import Policy, Problem, dispatch
 from armillary.parallel.schedule.search import evaluate, improve
 from armillary.parallel.schedule.simulator import Costs, even_costs, simulate

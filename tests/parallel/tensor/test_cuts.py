@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensor_cases import Case, make
 
-from armillary.parallel.tensor.apply import apply_tensor, first_kv_head, hidden_shape, tensor_cuts
-from armillary.parallel.tensor.cuts import head_parts
+from armillary.parallel.tensor.cut_model import cut_to_rank
+from armillary.parallel.tensor.cuts import first_kv_head, head_parts, hidden_shape, tensor_cuts
 
 HEAD = 4
 
@@ -136,7 +136,7 @@ def test_a_stage_of_a_pipeline_is_cut_as_the_whole_is(begins, ends, tied):
     if not ends:
         stage.norm = stage.output = None
     names = [name for name, _ in stage.named_parameters()]
-    apply_tensor(stage, cuts, group=SimpleNamespace(size=lambda: 3, rank=lambda: 1), ledger=None)
+    cut_to_rank(stage, cuts, group=SimpleNamespace(size=lambda: 3, rank=lambda: 1), ledger=None)
     assert [name for name, _ in stage.named_parameters()] == names
     for name, parameter in stage.named_parameters():
         assert parameter.is_meta

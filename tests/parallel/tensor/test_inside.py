@@ -17,11 +17,13 @@ from armillary.parallel.context.layout import lay_out
 from armillary.parallel.partition import shard
 from armillary.parallel.pipeline.split_backward import pay, split_backward
 from armillary.parallel.plan import Partition
-from armillary.parallel.tensor import apply as tensor
+from armillary.parallel.tensor import cut_model as tensor
 from armillary.parallel.tensor import replicas as tensor_replicas
 from armillary.parallel.tensor import stream as tensor_stream
-from armillary.parallel.tensor.apply import apply_tensor, first_kv_head, sum_replicas, tensor_cuts
+from armillary.parallel.tensor.cut_model import cut_to_rank
+from armillary.parallel.tensor.cuts import first_kv_head, tensor_cuts
 from armillary.parallel.tensor.project import Enter, Pick
+from armillary.parallel.tensor.replicas import sum_replicas
 
 CASE = Case(heads=(6, 2), tied=False, qk_norm=True, qkv_bias=True, hidden=29, vocab=53)
 
@@ -109,7 +111,7 @@ def stage_of(case: Case, number: int, cuts: dict, ledger: Ledger) -> torch.nn.Mo
         stage.norm = stage.output = None
     elif not case.tied:
         stage.embedding = None
-    apply_tensor(stage, cuts, group=dist.group.WORLD, ledger=ledger)
+    cut_to_rank(stage, cuts, group=dist.group.WORLD, ledger=ledger)
     fill(stage, weights_of(case, torch.float64), cuts, dist.get_rank())
     return stage
 
@@ -157,7 +159,7 @@ def compiled(rank: int) -> tuple[float, float]:
     case, group = replace(CASE, recompute="selective"), dist.group.WORLD
     want, model = alone(case), make(case, torch.float64)
     cuts = tensor_cuts(model, group.size())
-    apply_tensor(model, cuts, group=group, ledger=Ledger())
+    cut_to_rank(model, cuts, group=group, ledger=Ledger())
     fill(model, weights_of(case, torch.float64), cuts, rank)
     for block in model.blocks.values():
         # Of the CPU's attention little can be traced, in many attempts.
@@ -209,7 +211,7 @@ def with_context(rank: int, strategy: str, case: Case) -> list[str]:
     tensors, context = groups[rank // 2], groups[2 + rank % 2]
     want, ledger, model = alone(case), Ledger(), make(case, torch.float64)
     cuts = tensor_cuts(model, 2)
-    apply_tensor(model, cuts, group=tensors, ledger=ledger)
+    cut_to_rank(model, cuts, group=tensors, ledger=ledger)
     fill(model, weights_of(case, torch.float64), cuts, rank % 2)
     for block in model.blocks.values():
         first = first_kv_head(cuts, rank % 2, block.attention.head_dim)
@@ -242,8 +244,8 @@ def with_sharded_state(rank: int, case: Case, weights: str) -> list[str]:
     group, plane, want, ledger = mesh["tp"].get_group(), mesh["dp"], alone(case), Ledger()
     model, whole = make(case, torch.float64), weights_of(case, torch.float64)
     cuts = tensor_cuts(model, 2)
-    apply_tensor(model, cuts, group=group, ledger=ledger)
-    shard(model, model.blocks.values(), Partition(weights=weights), mesh=plane, compute=torch.float64, ledger=ledger)
+    cut_to_rank(model, cuts, group=group, ledger=ledger)
+    shard(model, Partition(weights=weights), mesh=plane, compute=torch.float64, ledger=ledger)
     model.to_empty(device="cpu")
     named = dict(model.named_parameters())
     boxes = {name: cuts[name].shard(group.rank(), plane.get_local_rank(), 2) for name in named}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pipeline_cases import VOCAB, Case, whole_model
 from torch import nn
 
-from armillary.parallel.pipeline.apply import keep_stage
+from armillary.parallel.pipeline.cut_model import cut_to_stage
 from armillary.parallel.pipeline.mail import bytes_sent
 from armillary.parallel.pipeline.split_backward import pay, split_backward
 from armillary.parallel.schedule.actions import place_stages
@@ -20,7 +20,7 @@ BLOCK = {"attention_norm", "attention", "ffn_norm", "ffn"}
 def kept(tied: bool, layers: range, begins: bool, ends: bool) -> set[str]:
     with torch.device("meta"):
         model = whole_model_on_meta(tied)
-    keep_stage(model, layers, begins, ends)
+    cut_to_stage(model, layers, begins, ends)
     assert (model.begins, model.ends) == (begins, ends)
     return {name.split(".attention")[0].split(".ffn")[0] for name, _ in model.named_parameters()}
 
@@ -44,7 +44,7 @@ def test_a_stage_keeps_its_own():
 
 def test_a_layer_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match=r"layers \[4, 5\]"):
-        keep_stage(whole_model(Case(), 3), range(3, 6), False, True)
+        cut_to_stage(whole_model(Case(), 3), range(3, 6), False, True)
 
 
 @given(

@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 
-def keep_stage(model: nn.Module, layers: range, begins: bool, ends: bool) -> None:
+def cut_to_stage(model: nn.Module, layers: range, begins: bool, ends: bool) -> None:
     """Removes, in place, what is not in the stage: blocks, embedding, last norm, output matrix.
 
     What is left keeps its names. With tied embeddings, the last stage keeps `embedding` for its matrix; then two stages

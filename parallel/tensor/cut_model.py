@@ -11,16 +11,12 @@ from torch import nn
 
 from armillary.comm.ledger import Ledger
 from armillary.parallel.cut import Cut
-from armillary.parallel.tensor.cuts import first_kv_head, hidden_shape, tensor_cuts
 from armillary.parallel.tensor.project import Enter, Pick
-from armillary.parallel.tensor.replicas import sum_replicas
 from armillary.parallel.tensor.stream import Leave, Stream
 from armillary.parallel.tensor.vocabulary import VocabEmbedding, VocabHead
 
-__all__ = ["apply_tensor", "first_kv_head", "hidden_shape", "sum_replicas", "tensor_cuts"]
 
-
-def apply_tensor(model: nn.Module, cuts: dict[str, Cut], *, group: dist.ProcessGroup, ledger: Ledger) -> None:
+def cut_to_rank(model: nn.Module, cuts: dict[str, Cut], *, group: dist.ProcessGroup, ledger: Ledger) -> None:
     """Cuts a model, or one stage of it, to this rank's part, in place; names of parameters stay.
 
     Parameters become empty ones of the local shape, on their device (meta). Of a model cut for one rank nothing is
@@ -28,7 +24,8 @@ def apply_tensor(model: nn.Module, cuts: dict[str, Cut], *, group: dist.ProcessG
 
     Args:
         model: a `train.model.transformer.Transformer`, of which a pipeline may have removed blocks, embedding, norm
-        and output. cuts: `tensor_cuts` of the whole model for the size of `group`.
+            and output.
+        cuts: `tensor_cuts` of the whole model for the size of `group`.
         group: the tensor ranks, which are given the same tokens.
         ledger: counts activations for the purpose "tensor".
     """
