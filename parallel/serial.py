@@ -6,25 +6,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from armillary.parallel.part import Part
+from armillary.parallel.runner import Part
 
 
 class Serial:
-    """Runs forward and backward of a step's micro-batches. `parallel/pipeline/runner.py` has the other way to."""
+    """See `parallel.runner.Runner`."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
     def forward_backward(self, parts: Sequence[Part], divisor: Tensor) -> Tensor:
-        """Adds the gradient of the loss over `divisor` to every parameter.
-
-        Args:
-            parts: this rank's part of each micro-batch.
-            divisor: 0-d; what the sum over labelled tokens is divided by, before backward.
-
-        Returns:
-            This rank's part of the loss, 0-d float64.
-        """
         total = torch.zeros((), device=divisor.device, dtype=torch.float64)
         for index, part in enumerate(parts):
             self._sync_gradients(index == len(parts) - 1)
@@ -34,7 +25,6 @@ class Serial:
         return total
 
     def loss(self, part: Part) -> Tensor:
-        """The sum over labelled tokens, 0-d."""
         return self.model(part.tokens, part.places, part.labels)
 
     def _sync_gradients(self, sync: bool) -> None:

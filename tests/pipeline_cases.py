@@ -11,10 +11,10 @@ from torch import Tensor
 
 from armillary.comm.ledger import Ledger
 from armillary.kernels.attention.places import Places
-from armillary.parallel.part import Part
-from armillary.parallel.pipeline.apply import keep_stage
+from armillary.parallel.pipeline.cut_model import cut_to_stage
 from armillary.parallel.pipeline.mail import PURPOSE, bytes_sent
 from armillary.parallel.pipeline.runner import Pipeline
+from armillary.parallel.runner import Part
 from armillary.parallel.schedule.actions import Schedule
 from armillary.parallel.schedule.by_name import schedule_named
 from armillary.train.model.shape import ModelConfig
@@ -122,7 +122,7 @@ def stages_of(case: Case, schedule: Schedule, rank: int) -> list[Transformer]:
     stages = []
     for stage in schedule.stages_of(rank):
         model = copy.deepcopy(whole)
-        keep_stage(model, layers_of(stage, num), stage == 0, stage == num - 1)
+        cut_to_stage(model, layers_of(stage, num), stage == 0, stage == num - 1)
         stages.append(model)
     return stages
 

@@ -1,4 +1,5 @@
-"""Forward, backward and evaluation of a step's micro-batches. How the plan does it is this file's secret."""
+"""A model under its plan, with its optimizers: forward, backward and evaluation of a step's micro-batches. How the plan
+does it is this file's secret."""
 
 from collections.abc import Iterable, Sequence
 
@@ -8,21 +9,29 @@ from torch.distributed.fsdp import FSDPModule
 
 from armillary.comm.collectives import all_reduce
 from armillary.parallel.held import Held
-from armillary.parallel.part import Part
-from armillary.parallel.pipeline.runner import Pipeline
-from armillary.parallel.serial import Serial
+from armillary.parallel.runner import Part, Runner
 from armillary.train.data.dataset import Batch, Dataset
 from armillary.train.model.transformer import IGNORE
-from armillary.train.optim.optimizers import clip_, gradient_norm
+from armillary.train.optim.optimizers import Optimizers, clip_, gradient_norm
 from armillary.train.share import Share, share
 
 
 class Engine:
     """Runs a model that a plan has been applied to."""
 
-    def __init__(self, held: Held, runner: Serial | Pipeline, placement: str = "auto", note: str = "") -> None:
-        self.held, self.runner, self.ranks, self.placement = held, runner, held.ranks, placement
-        self.note = note
+    def __init__(
+        self, held: Held, optimizers: Optimizers, runner: Runner, placement: str = "auto", note: str = ""
+    ) -> None:
+        """
+        Args:
+            held: what this rank holds of the model.
+            optimizers: of `held`.
+            runner: takes micro-batches through it.
+            placement: `plan.placement`.
+            note: what a person should know of the runner.
+        """
+        self.held, self.optimizers, self.runner, self.placement, self.note = held, optimizers, runner, placement, note
+        self.ranks = held.ranks
 
     def forward_backward(self, batches: Sequence[Batch]) -> Tensor:
         """Adds the gradient of the step's loss to every parameter; returns the loss.

@@ -9,9 +9,9 @@ import torch
 
 from armillary.comm.link import short
 from armillary.parallel.held import Held
-from armillary.parallel.part import Part
 from armillary.parallel.pipeline.stage import HiddenShape
 from armillary.parallel.pipeline.times import Times, hop_seconds, measure_stages
+from armillary.parallel.runner import Part
 from armillary.parallel.schedule.by_name import Action, Schedule, schedule_named
 from armillary.parallel.schedule.simulator import Costs
 from armillary.parallel.schedule.synthesis import Synthesis, synthesise

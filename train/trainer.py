@@ -31,7 +31,6 @@ from armillary.train.initial_weights import checked_weights, take_weights
 from armillary.train.metrics import Ending
 from armillary.train.model.shape import num_parameters
 from armillary.train.observer import Observer
-from armillary.train.optim.optimizers import build_optimizers
 from armillary.train.optim.schedule import learning_rate_ratio
 from armillary.train.proof.verify import verify_plan
 from armillary.train.resolve import resolve
@@ -63,8 +62,7 @@ class Trainer:
         self.config, self.ranks, self.folder, self.dataset = config, ranks, folder, dataset
         torch.manual_seed(config.model.seed)
         self.engine = build_engine(config, ranks)
-        self.held = self.engine.held
-        self.optimizers = build_optimizers(self.held, config.optim)
+        self.held, self.optimizers = self.engine.held, self.engine.optimizers
         self.guard = Guard(config.guard)
         self.observer = Observer(config, ranks, folder)
         self.checkpointer = Checkpointer(

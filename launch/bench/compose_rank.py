@@ -18,7 +18,6 @@ from armillary.parallel.mesh import Ranks, joined_ranks, make_ranks
 from armillary.parallel.plan import Plan
 from armillary.train.build import build_engine
 from armillary.train.failure import guarded, leave
-from armillary.train.optim.optimizers import build_optimizers
 
 Step = Callable[[int], tuple[float, float]]
 """The step of this number: loss of all ranks, and the gradient's norm."""
@@ -32,7 +31,6 @@ def ours(case: Case, ranks: Ranks) -> Step:
     """A trainer's step on given batches."""
     config = case.config()
     engine = build_engine(config, ranks)
-    optimizers = build_optimizers(engine.held, config.optim)
 
     def step(number: int) -> tuple[float, float]:
         ranks.ledger.clear()
@@ -41,8 +39,8 @@ def ours(case: Case, ranks: Ranks) -> Step:
         norm = engine.gradient_norm()
         result = loss, norm.item()
         engine.clip(norm, config.optim.clip_norm)
-        optimizers.step(1.0)
-        optimizers.zero_grad()
+        engine.optimizers.step(1.0)
+        engine.optimizers.zero_grad()
         return result
 
     return step

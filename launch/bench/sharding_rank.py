@@ -26,7 +26,7 @@ from armillary.train.data.dataset import Batch
 from armillary.train.failure import guarded, leave
 from armillary.train.model.shape import ModelConfig
 from armillary.train.model.transformer import Transformer, initialise
-from armillary.train.optim.optimizers import build_optimizers, optimizers_of
+from armillary.train.optim.optimizers import optimizers_of
 from armillary.train.optim.schedule import OptimConfig
 
 SEQUENCES, TOKENS = 16, 256
@@ -49,14 +49,13 @@ def batch_of(ranks: Ranks) -> Batch:
 def our_step(config: RunConfig, ranks: Ranks) -> Step:
     """What the trainer does, without its data, guard and metrics."""
     engine = build_engine(config, ranks)
-    optimizers = build_optimizers(engine.held, config.optim)
     batch = batch_of(ranks)
 
     def step() -> float:
         loss = engine.forward_backward([batch])
         engine.clip(engine.gradient_norm(), config.optim.clip_norm)
-        optimizers.step(1.0)
-        optimizers.zero_grad()
+        engine.optimizers.step(1.0)
+        engine.optimizers.zero_grad()
         return loss.item()
 
     return step

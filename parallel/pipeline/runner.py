@@ -1,9 +1,9 @@
 """Pipeline parallelism: a model's stages on several ranks, run by a schedule.
 
-A stage module is a Transformer (train/model/transformer.py) cut to some of its layers (pipeline/cut_model.py) and changed
-by the rest of a plan: `module(x, places, labels)` takes tokens where it begins and hidden elsewhere, returns hidden, or
-where it ends, with labels, the SUM of the loss. It may be an FSDP root; then its weights are gathered when the schedule
-comes to it, and its gradients reduced once a step.
+A stage module is a Transformer (train/model/transformer.py) cut to some of its layers (pipeline/cut_model.py) and
+changed by the rest of a plan: `module(x, places, labels)` takes tokens where it begins and hidden elsewhere, returns
+hidden, or where it ends, with labels, the SUM of the loss. It may be an FSDP root; then its weights are gathered when
+the schedule comes to it, and its gradients reduced once a step.
 
 How it works: torch's runtime (pipeline/torch_runtime.py) drives our stages (pipeline/stage.py) by our schedules
 (schedule/); messages go through pipeline/mail.py.
@@ -16,11 +16,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from armillary.comm.ledger import Ledger
-from armillary.parallel.part import Part
 from armillary.parallel.pipeline import fsdp as pipeline_fsdp
 from armillary.parallel.pipeline.mail import Letter, Mail
 from armillary.parallel.pipeline.stage import HiddenShape, Stage
 from armillary.parallel.pipeline.torch_runtime import Runtime
+from armillary.parallel.runner import Part
 from armillary.parallel.schedule.actions import Schedule
 
 __all__ = ["HiddenShape", "Pipeline"]

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from armillary.kernels.attention.places import Places
-from armillary.parallel.part import Part
 from armillary.parallel.pipeline import fsdp as pipeline_fsdp
 from armillary.parallel.pipeline.mail import Letter, Mail
 from armillary.parallel.pipeline.split_backward import Later, Owed, pay, split_backward
+from armillary.parallel.runner import Part
 
 HiddenShape = Callable[[Places], tuple[int, ...]]
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from armillary.comm.collectives import all_reduce
 from armillary.comm.ledger import Ledger
-from armillary.parallel.part import Part
 from armillary.parallel.pipeline import fsdp as pipeline_fsdp
 from armillary.parallel.pipeline.mail import Letter, Mail
 from armillary.parallel.pipeline.stage import HiddenShape, Stage
+from armillary.parallel.runner import Part
 
 ROUNDS = 3
 """Of which the first warms up, and the fastest counts."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from armillary.comm.collectives import all_reduce
 from armillary.parallel.held import Held
 from armillary.parallel.mesh import Ranks
-from armillary.parallel.part import Part
+from armillary.parallel.runner import Part
 from armillary.parallel.tensor.replicas import sum_replicas
 from armillary.train.deepspeed.start import environment, start
 from armillary.train.deepspeed.state import GRADIENTS, MOMENTS, WEIGHTS, ZeroState
@@ -23,7 +23,7 @@ from armillary.train.optim.optimizers import Optimizers, optimizers_of
 from armillary.train.optim.schedule import OptimConfig
 
 
-class Runner:
+class DeepSpeedRunner:
     """Micro-batches one after the other through a DeepSpeed engine, in `parallel.serial.Serial`'s place."""
 
     def __init__(self, engine: Any, ranks: Ranks, scale: float) -> None:
@@ -58,8 +58,6 @@ class DeepSpeedHeld(Held):
     for, on all ranks at once. What is filled into them counts once `update_twins` has been called, as after loading."""
 
     state: ZeroState = None  # type: ignore[assignment]
-    optimizers: "DeepSpeedOptimizers" = None  # type: ignore[assignment]
-    """The only ones that know where the weights are."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """This rank's rows of each parameter, and after the last backward pass of a step of its gradient."""
@@ -156,6 +154,6 @@ def shard_with_deepspeed(held: Held, stage: int, config: OptimConfig, placement:
     engine = start(model, plain.optimizers[0], stage, config, held.ranks)
     state = ZeroState(engine.optimizer, plain.names, held.cuts, held.ranks)
     optimizers = DeepSpeedOptimizers(plain.optimizers, plain.names, engine=engine, state=state)
-    sharded = DeepSpeedHeld(held.stages, held.cuts, held.ranks, held.last, state, optimizers)
+    sharded = DeepSpeedHeld(held.stages, held.cuts, held.ranks, held.last, state)
     scale = float(held.ranks.plane.size()) if stage == 3 else 1.0
-    return DeepSpeedEngine(sharded, Runner(engine, held.ranks, scale), placement)  # type: ignore[arg-type]
+    return DeepSpeedEngine(sharded, optimizers, DeepSpeedRunner(engine, held.ranks, scale), placement)

@@ -74,10 +74,6 @@ def _zero_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
 
 def build_optimizers(held: Held, config: OptimConfig) -> Optimizers:
     """The optimizers of what a rank holds of a model."""
-    # An engine that shards by itself has made its own already.
-    made: Optimizers | None = getattr(held, "optimizers", None)
-    if made is not None:
-        return made
     parameters, group = held.parameters(), held.ranks.stage
     plane = held.ranks.plane.size()
     spreads: dict[Tensor, Spread] = {

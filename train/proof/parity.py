@@ -22,7 +22,7 @@ from armillary.train.config import RunConfig, load_config
 from armillary.train.data.dataset import Dataset, micro_batches, prepare
 from armillary.train.failure import guarded, leave
 from armillary.train.model.transformer import IGNORE, Transformer, initialise
-from armillary.train.optim.optimizers import build_optimizers, optimizers_of
+from armillary.train.optim.optimizers import optimizers_of
 from armillary.train.optim.schedule import learning_rate_ratio
 from armillary.train.precision import COMPUTE, weights_dtype
 from armillary.train.resolve import resolve
@@ -80,7 +80,6 @@ def trace_ranks(config: RunConfig, dataset: Dataset, steps: int, ranks: Ranks) -
     config, _ = resolve(config, ranks)
     engine = build_engine(config, ranks)
     held = engine.held
-    optimizers = build_optimizers(held, config.optim)
     dtype = weights_dtype(config.optim.precision)
     trace: Trace = {}
     for step in range(steps):
@@ -94,8 +93,8 @@ def trace_ranks(config: RunConfig, dataset: Dataset, steps: int, ranks: Ranks) -
             gradient = parameters[name].grad if name in parameters else None
             trace[f"gradient/{step}/{name}"] = held.whole(name, gradient, dtype, "parity")
         engine.clip(engine.gradient_norm(), config.optim.clip_norm)
-        optimizers.step(learning_rate_ratio(config.optim, step))
-        optimizers.zero_grad()
+        engine.optimizers.step(learning_rate_ratio(config.optim, step))
+        engine.optimizers.zero_grad()
     parameters = held.parameters()
     return trace | {f"parameter/{n}": held.whole(n, parameters.get(n), dtype, "parity") for n in held.cuts}
 

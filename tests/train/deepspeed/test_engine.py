@@ -16,7 +16,6 @@ from armillary.train.config import ConfigError, RunConfig, load_config
 from armillary.train.data.dataset import micro_batches, prepare
 from armillary.train.deepspeed.start import check_installed
 from armillary.train.metrics import latest_per_step, read_metrics
-from armillary.train.optim.optimizers import build_optimizers
 from armillary.train.proof.parity import compare, trace_one_process, trace_ranks
 from armillary.train.run_folder import create_run, open_run
 from armillary.train.trainer import Trainer
@@ -141,7 +140,7 @@ def skip_a_step(rank: int, folder: Path) -> list[bool]:
         results = []
         for cursors in ((0, 14), (0, -7, 14)):
             engine = build_engine(config, ranks)
-            optimizers = build_optimizers(engine.held, config.optim)
+            optimizers = engine.optimizers
             for cursor in cursors:
                 engine.forward_backward(micro_batches(dataset, abs(cursor), 7, 2, rank, 2))
                 engine.clip(engine.gradient_norm(), 0.5)
@@ -162,7 +161,7 @@ def resave(rank: int, folder: Path, source: str, to: str, overrides: list[str]) 
     config = settings(folder, overrides)
     ranks = make_ranks(config.plan, torch.device("cpu"))
     engine = build_engine(config, ranks)
-    optimizers = build_optimizers(engine.held, config.optim)
+    optimizers = engine.optimizers
     load_state(complete(Path(source))[0], engine.held, optimizers)
     said: list[str] = []
     saver = Checkpointer(Path(to), CheckpointConfig(), rank, ranks.num_ranks, "again", said.append)
