@@ -39,7 +39,7 @@ def run_as_rank(options: argparse.Namespace) -> int:
     _end_with_parent()
 
     def run() -> None:
-        from armillary.train.trainer import run_rank
+        from armillary.train.rank import run_rank
 
         run_rank(options)
 

@@ -1,16 +1,12 @@
 """A run: the loop over steps, and what happens around it."""
 
-import argparse
-import secrets
 import time
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
-from armillary.parallel.mesh import Ranks, joined_ranks
+from armillary.parallel.mesh import Ranks
 from armillary.train.build import build_engine
 from armillary.train.checkpoint.restore import (
     check_same_data,
@@ -22,19 +18,17 @@ from armillary.train.checkpoint.restore import (
 )
 from armillary.train.checkpoint.save import Checkpointer
 from armillary.train.checkpoint.store import write_aside
-from armillary.train.config import RunConfig, check_vocabulary, dump_config, load_config
-from armillary.train.data.cache import digest
-from armillary.train.data.dataset import Batch, Dataset, from_anywhere, held_out_batches, micro_batches, prepare
+from armillary.train.config import RunConfig, dump_config
+from armillary.train.data.dataset import Batch, Dataset, held_out_batches, micro_batches
 from armillary.train.failure import RunStopped
 from armillary.train.guard import Guard, Verdict
-from armillary.train.initial_weights import checked_weights, take_weights
-from armillary.train.metrics import Ending
+from armillary.train.initial_weights import take_weights
 from armillary.train.model.shape import num_parameters
 from armillary.train.observer import Observer
 from armillary.train.optim.schedule import learning_rate_ratio
 from armillary.train.proof.verify import verify_plan
 from armillary.train.resolve import resolve
-from armillary.train.run_folder import RunFolder, create_run, open_run
+from armillary.train.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -107,19 +101,19 @@ class Trainer:
         self.ranks.ledger.clear()
         started = time.perf_counter()
         ratio = learning_rate_ratio(self.config.optim, self.progress.step)
-        loss = self.engine.forward_backward(self.take_batches()).item()
+        total = self.engine.forward_backward(self.take_batches())
         norm = self.engine.gradient_norm()
-        verdict = self.guard.judge(loss, norm.item())
+        # Read together: on a GPU the host waits here, once.
+        loss, length = torch.stack((total, norm.double())).tolist()
+        verdict = self.guard.judge(loss, length)
         if verdict.accepted:
             self.engine.clip(norm, self.config.optim.clip_norm)
             self.optimizers.step(ratio)
         self.optimizers.zero_grad()
         rate = ratio * self.config.optim.learning_rate
-        self.observer.step(
-            self.progress.step, self.progress.tokens, time.perf_counter() - started, loss, norm.item(), rate
-        )
+        self.observer.step(self.progress.step, self.progress.tokens, time.perf_counter() - started, loss, length, rate)
         if not verdict.accepted:
-            self.recover(verdict, loss, norm.item())
+            self.recover(verdict, loss, length)
 
     def take_batches(self) -> list[Batch]:
         """This rank's micro-batches of the next step; moves `progress` on."""
@@ -210,71 +204,3 @@ class Trainer:
         check_same_data(path, facts, self.dataset)
         self.progress = Progress(**facts["progress"])
         return facts
-
-
-def run_rank(options: argparse.Namespace) -> None:
-    """One rank of `python -m armillary.train`, from its command line to the end of the run."""
-    source = open_run(options.resume).config if options.resume else options.config
-    config = load_config(source, options.overrides, options.plan)
-    dataset = prepare(config.data, print)
-    config = replace(config, data=from_anywhere(config.data))
-    check_vocabulary(config, dataset.vocab_size)
-    if not options.resume:
-        config = replace(config, model=checked_weights(config.model, lambda line: None))
-    with joined_ranks(config.plan) as ranks:
-        _check_same_everywhere(config, dataset, ranks)
-        folder = _agreed_folder(config, options, dataset, ranks)
-        lock = _take(folder, ranks)  # noqa: F841 (held until the process ends)
-        trainer = Trainer(config, ranks, folder, dataset, ranks.agree(secrets.token_hex(4)))
-        ending: Ending = "failed"
-        message = ""
-        try:
-            trainer.run()
-            ending = "finished"
-        except KeyboardInterrupt:
-            ending = "stopped"
-            raise
-        except Exception as error:
-            message = str(error)
-            raise
-        finally:
-            trainer.observer.close(ending, message)
-
-
-def _check_same_everywhere(config: RunConfig, dataset: Dataset, ranks: Ranks) -> None:
-    """Refuses ranks that read another config or other data than rank 0, as nodes with files of their own may."""
-    own = digest(dataset.fingerprint, dump_config(config))
-    if ranks.largest(int(ranks.agree(own) != own)):
-        raise ValueError(
-            "the ranks have different configs or different data (data.sources); put the config and the data where all "
-            "machines see the same files, with the same version of Python for stdlib"
-        )
-
-
-def _agreed_folder(config: RunConfig, options: argparse.Namespace, dataset: Dataset, ranks: Ranks) -> RunFolder:
-    """The run's folder, made by rank 0 where the run is new."""
-    if options.resume:
-        return open_run(options.resume)
-    made = ""
-    if ranks.rank == 0:
-        made = str(create_run(config, options.config, options.name, dataset.tokenizer).path.absolute())
-    made = ranks.agree(made)
-    if not Path(made).is_dir():
-        raise ValueError(
-            f"{made}: rank {ranks.rank} does not see it; runs/ must be on a file system that all ranks share"
-        )
-    return RunFolder(Path(made))
-
-
-def _take(folder: RunFolder, ranks: Ranks) -> FileLock:
-    """Keeps every other process from training this run, until this one ends."""
-    lock = FileLock(folder.path / ".lock")
-    taken = 0
-    if ranks.rank == 0:
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            taken = 1
-    if ranks.largest(taken):
-        raise ValueError(f"{folder.path}: another process is training this run; wait for it or stop it")
-    return lock

@@ -11,12 +11,12 @@ import torch
 from filelock import FileLock
 
 from armillary.parallel.mesh import make_ranks
-from armillary.train import trainer as trainer_module
 from armillary.train.checkpoint.store import complete, read_manifest
 from armillary.train.config import RunConfig, load_config
 from armillary.train.data.dataset import prepare
 from armillary.train.failure import RunStopped
 from armillary.train.metrics import latest_per_step, read_metrics
+from armillary.train.rank import check_same_everywhere, run_rank
 from armillary.train.run_folder import create_run, open_run
 from armillary.train.trainer import Trainer
 
@@ -324,7 +324,7 @@ def ranks_with_different_data(rank: int, folder: Path) -> str:
     config = load_config("run.toml", ["plan.dp=2", f"data.seed={rank}"])
     ranks = make_ranks(config.plan, torch.device("cpu"))
     with pytest.raises(ValueError) as caught:
-        trainer_module._check_same_everywhere(config, prepare(config.data), ranks)
+        check_same_everywhere(config, prepare(config.data), ranks)
     return str(caught.value)
 
 
@@ -337,11 +337,11 @@ def test_a_run_is_trained_by_one_process_at_a_time(folder):
     options = argparse.Namespace(
         config="run.toml", resume="", name="one", overrides=["optim.steps=2"], plan="", debug=False
     )
-    trainer_module.run_rank(options)
+    run_rank(options)
     with FileLock("runs/one/.lock"):
         options.config, options.resume = "", "one"
         with pytest.raises(ValueError, match="another process is training this run"):
-            trainer_module.run_rank(options)
+            run_rank(options)
 
 
 def test_the_labels_without_a_loss_are_the_same_everywhere():
@@ -354,7 +354,7 @@ def test_the_labels_without_a_loss_are_the_same_everywhere():
 def test_command_line_options_reach_the_trainer(folder, monkeypatch):
     """`run_rank` on one process: a new run, then a resume that needs nothing else."""
     options = {"overrides": ["optim.steps=2"], "plan": "", "debug": False}
-    trainer_module.run_rank(argparse.Namespace(config="run.toml", resume="", name="one", **options))
-    trainer_module.run_rank(argparse.Namespace(config="", resume="one", name="", **options | {"overrides": []}))
+    run_rank(argparse.Namespace(config="run.toml", resume="", name="one", **options))
+    run_rank(argparse.Namespace(config="", resume="one", name="", **options | {"overrides": []}))
     assert complete(Path("runs/one/checkpoints"))[0].name == "step-00000002"
     assert "finished" in Path("runs/one/metrics.jsonl").read_text()
