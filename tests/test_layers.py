@@ -1,6 +1,7 @@
 """The architecture as a test: imports point one way, files stay small, nothing from disk is executed."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -100,3 +101,18 @@ def test_every_collective_goes_through_the_ledger():
 def test_no_folder_shadows_another_package():
     assert not [folder for folder in ORDER if (ROOT / folder / "__init__.py").exists()]
     assert not (ROOT / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("path", [*FILES, *ROOT.glob("*.md"), *sorted(ROOT.glob("docs/**/*.md"))], ids=name_of)
+def test_every_file_that_is_named_exists(path):
+    for name in re.findall(
+        rf"\b(?:{'|'.join(ORDER)}|tests|configs|docs)/[a-z0-9_/-]+\.(?:py|toml|md|json|svg|png)\b", path.read_text()
+    ):
+        assert (ROOT / name).exists(), f"{name_of(path)} names {name}"
+
+
+def test_every_file_in_the_picture_of_a_step_exists():
+    text = (ROOT / "docs/images/one-step.svg").read_text()
+    names = re.findall(rf"\b(?:{'|'.join(ORDER)})/[\w/]+\.py", text)
+    assert len(names) > 20
+    assert not [name for name in names if not (ROOT / name).exists()]
