@@ -17,7 +17,7 @@ from armillary.train.model.transformer import Transformer, initial
 from armillary.train.optim.optimizers import build_optimizers
 from armillary.train.pipeline_schedule import schedule_of
 from armillary.train.precision import COMPUTE, weights_dtype
-from armillary.train.split import stages_of
+from armillary.train.stages import stages_of
 
 
 def build_engine(config: RunConfig, ranks: Ranks) -> Engine:

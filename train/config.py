@@ -25,7 +25,7 @@ from armillary.train.guard import GuardConfig
 from armillary.train.metrics import MetricsConfig
 from armillary.train.model.shape import ModelConfig
 from armillary.train.optim.schedule import OptimConfig
-from armillary.train.split import refusals
+from armillary.train.stages import refusals
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,11 +9,10 @@ from torch.distributed.fsdp import FSDPModule
 
 from armillary.comm.collectives import all_reduce
 from armillary.parallel.held import Held
-from armillary.parallel.runner import Part, Runner
+from armillary.parallel.runner import Runner
 from armillary.train.data.dataset import Batch, Dataset
-from armillary.train.model.transformer import IGNORE
 from armillary.train.optim.optimizers import Optimizers, clip_, gradient_norm
-from armillary.train.share import Share, share
+from armillary.train.share import share
 
 
 class Engine:
@@ -40,9 +39,9 @@ class Engine:
         before backward, so gradients are those of the global mean whatever the split.
         """
         shares = [share(batch, self.ranks, self.placement) for batch in batches]
-        labels = sum(count_labels(part) for part in shares) if self._speaks else 0
+        labels = sum(each.num_labels for each in shares) if self._speaks else 0
         num_labels = self._reduce(torch.tensor(labels, device=self.ranks.device, dtype=torch.int64)).clamp(min=1)
-        loss = self.runner.forward_backward([self._part(each) for each in shares], num_labels)
+        loss = self.runner.forward_backward([each.on(self.ranks.device) for each in shares], num_labels)
         self.held.complete_gradients()
         return self._reduce(loss if self._counts_loss else torch.zeros_like(loss))
 
@@ -62,8 +61,8 @@ class Engine:
             stage.eval()
         for batch in batches:
             each = share(batch, self.ranks, self.placement)
-            loss = self.runner.loss(self._part(each)).double()
-            facts = [count_labels(each), dataset.label_bytes(each.labels)] if self._speaks else [0, 0]
+            loss = self.runner.loss(each.on(self.ranks.device)).double()
+            facts = [each.num_labels, dataset.label_bytes(each.labels)] if self._speaks else [0, 0]
             loss = loss if self._counts_loss else torch.zeros_like(loss)
             sums += torch.stack([loss, *torch.tensor(facts, dtype=torch.float64, device=loss.device)])
         for stage in self.held.stages:
@@ -86,16 +85,5 @@ class Engine:
         """Whether this rank counts its labels: its pipeline and tensor ranks have the same tokens."""
         return self.ranks.tensor.rank() == 0 and self.ranks.pipeline.rank() == 0
 
-    def _part(self, each: Share) -> Part:
-        tokens, labels = (
-            torch.from_numpy(array).to(self.ranks.device, non_blocking=True) for array in (each.tokens, each.labels)
-        )
-        return Part(tokens, labels, each.places)
-
     def _reduce(self, tensor: Tensor) -> Tensor:
         return all_reduce(tensor, group=self.ranks.everyone, ledger=self.ranks.ledger, purpose="statistics")
-
-
-def count_labels(part: Share) -> int:
-    """How many tokens of a rank's share carry a label."""
-    return int((part.labels != IGNORE).sum())

@@ -10,9 +10,9 @@ import torch
 from armillary.comm.link import short
 from armillary.parallel.held import Held
 from armillary.parallel.pipeline.stage import HiddenShape
-from armillary.parallel.pipeline.times import Times, hop_seconds, measure_stages
-from armillary.parallel.runner import Part
-from armillary.parallel.schedule.by_name import Action, Schedule, schedule_named
+from armillary.parallel.pipeline.times import Times, measure_stages
+from armillary.parallel.schedule.actions import Action, Schedule
+from armillary.parallel.schedule.by_name import schedule_named
 from armillary.parallel.schedule.simulator import Costs
 from armillary.parallel.schedule.synthesis import Synthesis, synthesise
 from armillary.train.config import RunConfig
@@ -31,15 +31,12 @@ def schedule_of(
     plan, num_micro_batches = config.plan, config.optim.micro_batches
     if plan.schedule != "synthesised":
         return schedule_named(plan.schedule, plan.pp, num_micro_batches, plan.per_rank), ""
-    each = share(blank_batch(config), held.ranks, plan.placement)
-    tokens, labels = (torch.from_numpy(array).to(held.ranks.device) for array in (each.tokens, each.labels))
-    part = Part(tokens, labels, each.places)
+    part = share(blank_batch(config), held.ranks, plan.placement).on(held.ranks.device)
     group, everyone, ledger = held.ranks.pipeline, held.ranks.everyone, held.ranks.ledger
     times = measure_stages(
         held.stages, stage_ranks, part, hidden, compute, group=group, everyone=everyone, ledger=ledger
     )
-    link = slowest_link(held.ranks, group)
-    hop = hop_seconds(link.rate, link.latency, hidden(part.places), compute)
+    hop = slowest_link(held.ranks, group).seconds(math.prod(hidden(part.places)) * compute.itemsize)
     forward, backward_input, backward_weight = (tuple(column) for column in zip(*times, strict=True))
     costs = Costs(forward, backward_input, backward_weight, hops=(hop,) * (len(times) - 1))
     limit = float(plan.in_flight or plan.pp) * plan.per_rank

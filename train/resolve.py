@@ -23,7 +23,7 @@ from armillary.parallel.mesh import Ranks
 from armillary.parallel.plan import Plan
 from armillary.train.config import RunConfig
 from armillary.train.precision import COMPUTE
-from armillary.train.split import stages_of
+from armillary.train.stages import stages_of
 
 LONGEST = 1024
 """Most tokens of the tile that is timed."""

@@ -4,11 +4,14 @@ from dataclasses import dataclass
 from typing import get_args
 
 import numpy as np
+import torch
 
 from armillary.kernels.attention.places import Places
 from armillary.parallel.context.layout import Placement, lay_out
 from armillary.parallel.mesh import Ranks
+from armillary.parallel.runner import Part
 from armillary.train.data.dataset import Batch
+from armillary.train.data.packing import IGNORE
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,16 @@ class Share:
     tokens: np.ndarray
     labels: np.ndarray
     places: Places
+
+    @property
+    def num_labels(self) -> int:
+        """How many of its tokens carry a label."""
+        return int((self.labels != IGNORE).sum())
+
+    def on(self, device: torch.device) -> Part:
+        """The same on a device."""
+        tokens, labels = (torch.from_numpy(each).to(device, non_blocking=True) for each in (self.tokens, self.labels))
+        return Part(tokens, labels, self.places)
 
 
 def share(batch: Batch, ranks: Ranks, placement: str) -> Share:

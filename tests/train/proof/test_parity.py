@@ -59,8 +59,8 @@ def sabotage(what: str, rank: int) -> None:
     """Mistakes that real frameworks have made."""
     from armillary.comm import collectives
     from armillary.parallel import serial
-    from armillary.train import engine
     from armillary.train.proof import parity
+    from armillary.train.share import Share
 
     honest = collectives.reduce_scatter
 
@@ -72,8 +72,8 @@ def sabotage(what: str, rank: int) -> None:
     def drop_a_rank(output, input, **facts):
         return honest(output, input * (rank != 1), **facts)
 
-    def mean_of_means(batch):
-        return 2 * max(1, int((batch.labels != -100).sum()))
+    def mean_of_means(share):
+        return 2 * max(1, int((share.labels != -100).sum()))
 
     honest_batches = parity.micro_batches
     if what == "average":
@@ -81,7 +81,7 @@ def sabotage(what: str, rank: int) -> None:
     elif what == "a rank dropped":
         collectives.reduce_scatter = drop_a_rank
     elif what == "a wrong count":
-        engine.count_labels = mean_of_means
+        Share.num_labels = property(mean_of_means)
     elif what == "micro-batches not synchronised":
         serial.Serial._sync_gradients = lambda self, sync: self.model.set_requires_gradient_sync(not sync)
     elif what == "a document's border":

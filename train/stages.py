@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from armillary.parallel.pipeline.layers import LayerCosts, given_layers, split_layers
 from armillary.parallel.plan import Plan
-from armillary.parallel.schedule.by_name import place_stages
-from armillary.parallel.schedule.stock import SHAPES
+from armillary.parallel.schedule.actions import place_stages
+from armillary.parallel.schedule.by_name import shape_of
 from armillary.train.model.shape import ModelConfig, stage_costs
 
 
@@ -23,7 +23,7 @@ def stages_of(
     """
     if plan.pp == 1:
         return [(0, model.num_layers)]
-    ranks = place_stages(plan.pp, plan.per_rank, SHAPES.get(plan.schedule, "loop"))
+    ranks = place_stages(plan.pp, plan.per_rank, shape_of(plan.schedule))
     if plan.layers:
         layers = given_layers(plan.layers, model.num_layers, len(ranks))
     else:
