@@ -4,6 +4,8 @@ With tied embeddings the last stage of a pipeline needs the first one's matrix t
 owns the parameter, counts it, updates it and saves it; the twin gives its gradient and takes the new values.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -107,17 +109,27 @@ class Held:
         """Fills this rank's part of a parameter, or of what is shaped as it, from the whole."""
         local(tensor).copy_(part_of(full, self.box(name)))
 
-    @torch.no_grad()
     def whole(self, name: str, tensor: Tensor | None, dtype: torch.dtype, purpose: str) -> Tensor:
-        """What is shaped and sharded as a parameter (its values, gradient, moments) put together, on every rank.
+        """What is shaped and sharded as a parameter (its values, gradient, moments) put together, on every rank."""
+        return self.wholes([(name, tensor)], dtype, purpose)[0]
 
-        All ranks ask for the same names in the same order; one that does not hold the parameter gives None. Each
+    @torch.no_grad()
+    def wholes(
+        self, parts: Sequence[tuple[str, Tensor | None]], dtype: torch.dtype, purpose: str
+    ) -> tuple[Tensor, ...]:
+        """What is shaped and sharded as parameters, each by its name, put together in one collective, on every rank.
+
+        All ranks ask for the same names in the same order; one that does not hold a parameter gives None for it. Each
         element is one rank's, so the sum that brings them together is exact.
         """
-        full = torch.zeros(self.cuts[name].shape, dtype=dtype, device=self.ranks.device)
-        if tensor is not None and self.speaks(name):
-            part_of(full, self.box(name)).copy_(local(tensor))
-        return all_reduce(full, group=self.ranks.everyone, ledger=self.ranks.ledger, purpose=purpose)
+        shapes = [self.cuts[name].shape for name, _ in parts]
+        joined = torch.zeros(sum(map(math.prod, shapes)), dtype=dtype, device=self.ranks.device)
+        pieces = joined.split([math.prod(shape) for shape in shapes])
+        for (name, tensor), piece, shape in zip(parts, pieces, shapes, strict=True):
+            if tensor is not None and self.speaks(name):
+                part_of(piece.view(shape), self.box(name)).copy_(local(tensor))
+        all_reduce(joined, group=self.ranks.everyone, ledger=self.ranks.ledger, purpose=purpose)
+        return tuple(piece.view(shape).clone() for piece, shape in zip(pieces, shapes, strict=True))
 
 
 def part_of(full: Tensor, box: Box) -> Tensor:

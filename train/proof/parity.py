@@ -7,7 +7,7 @@ micro-batches, one sequence after the other. In float64 rounding cannot hide a m
 
 import copy
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from armillary.kernels.attention.places import Places
+from armillary.parallel.held import Held
 from armillary.parallel.mesh import Ranks, joined_ranks
 from armillary.train.build import build_engine
 from armillary.train.config import RunConfig, load_config
@@ -88,15 +89,18 @@ def trace_ranks(config: RunConfig, dataset: Dataset, steps: int, ranks: Ranks) -
             dataset, cursor, config.data.batch_size, config.optim.micro_batches, ranks.data.rank(), ranks.data.size()
         )
         trace[f"loss/{step}"] = engine.forward_backward(batches)
-        parameters = held.parameters()
-        for name in held.cuts:
-            gradient = parameters[name].grad if name in parameters else None
-            trace[f"gradient/{step}/{name}"] = held.whole(name, gradient, dtype, "parity")
+        gradients = {name: parameter.grad for name, parameter in held.parameters().items()}
+        trace |= _wholes(held, f"gradient/{step}/", gradients, dtype)
         engine.clip(engine.gradient_norm(), config.optim.clip_norm)
         engine.optimizers.step(learning_rate_ratio(config.optim, step))
         engine.optimizers.zero_grad()
-    parameters = held.parameters()
-    return trace | {f"parameter/{n}": held.whole(n, parameters.get(n), dtype, "parity") for n in held.cuts}
+    return trace | _wholes(held, "parameter/", held.parameters(), dtype)
+
+
+def _wholes(held: Held, prefix: str, tensors: Mapping[str, Tensor | None], dtype: torch.dtype) -> Trace:
+    """The tensors of all ranks, whole."""
+    wholes = held.wholes([(name, tensors.get(name)) for name in held.cuts], dtype, "parity")
+    return {prefix + name: whole for name, whole in zip(held.cuts, wholes, strict=True)}
 
 
 def compare(trace: Trace, oracle: Trace) -> dict[str, Any]:
