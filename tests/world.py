@@ -1,6 +1,7 @@
 """The one helper that starts ranks in tests: real processes, a real gloo group, each rank's traceback on failure.
 
-Ranks are forked from a server that has imported torch once, so a world costs tens of milliseconds, not seconds.
+Ranks are forked from a server that has once imported torch, our own code and what tests import, so a rank costs tens
+of milliseconds, not seconds.
 """
 
 import importlib.util
@@ -17,6 +18,7 @@ from typing import Any
 
 TIMEOUT_SECONDS = 120
 PRELOADED = ["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo", "numpy"]
+PRELOADED += ["torch.distributed.pipelining.schedules", "armillary.train.build", "pytest", "hypothesis"]
 
 
 class RankFailure(AssertionError):
