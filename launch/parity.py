@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from armillary.launch.ranks import start_ranks
-from armillary.train.checkpoint.store import write_aside
 from armillary.train.config import check_vocabulary, dump_config, load_config
 from armillary.train.data.dataset import prepare
 from armillary.train.failure import RunStopped
+from armillary.train.files import write_aside
 
 
 def prove(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from armillary.train.metrics import Row
-from armillary.train.status import quantity
+from armillary.train.words import quantity
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from armillary.launch.plots import charts_of, number_of, points_of, short, values_of
-from armillary.train.checkpoint.store import write_aside
+from armillary.train.files import write_aside
 from armillary.train.metrics import FILE, Row, latest_per_step, read_metrics, redact
-from armillary.train.status import duration, quantity
+from armillary.train.words import duration, quantity
 
 MOST_EVENTS = 100
 """Rows in the table of events."""

@@ -8,10 +8,10 @@ from typing import Any
 
 from armillary.launch.ranks import start_ranks
 from armillary.launch.report import write_report
-from armillary.train.checkpoint.store import write_aside
 from armillary.train.config import check_vocabulary, load_config
 from armillary.train.data.dataset import from_anywhere, prepare
 from armillary.train.failure import REFUSED, show
+from armillary.train.files import write_aside
 from armillary.train.metrics import FILE, latest_per_step, read_metrics
 from armillary.train.run_folder import RunFolder, create_run, open_run
 

@@ -1,11 +1,16 @@
 """What the tests of checkpoints share: a state that tells its step, saved and compared in full."""
 
+import numpy as np
 import torch
+from safetensors.numpy import save_file
 
+from armillary.train.checkpoint.boxes import Box
 from armillary.train.checkpoint.load import load, read_facts
 from armillary.train.checkpoint.local_part import whole_part
+from armillary.train.checkpoint.manifest import Manifest, Shard, Stored, StoredFile, encode_manifest
 from armillary.train.checkpoint.save import Checkpointer
-from armillary.train.checkpoint.store import CheckpointConfig, complete, read_manifest, verify
+from armillary.train.checkpoint.store import CheckpointConfig, complete, read_manifest
+from armillary.train.checkpoint.verify import checksum_of, read_header, verify
 
 
 def state(step):
@@ -87,3 +92,29 @@ def newest_verified(checkpoints, report):
             return folder
         report(f"{folder.name}: {'; '.join(problems)}")
     return None
+
+
+def numpy_checkpoint(folder, step, value=0.0):
+    """A checkpoint written without ours: of two ranks, `model/w` split between them, `model/b` on the first."""
+    folder.mkdir(parents=True)
+    weight = np.arange(20, dtype=np.float32).reshape(5, 4) + value
+    held = [
+        {"model/w": (Box((0, 0), (3, 4)), weight[:3]), "model/b": (Box((), ()), np.array(step))},
+        {"model/w": (Box((3, 0), (2, 4)), weight[3:])},
+    ]
+    files, shards = {}, {}
+    for rank, tensors in enumerate(held):
+        path = folder / f"rank-{rank:05d}.safetensors"
+        save_file({name: array.copy() for name, (_, array) in tensors.items()}, path)
+        with open(path, "rb") as file:
+            entries, header = read_header(file, path.stat().st_size)
+            files[path.name] = StoredFile(path.stat().st_size, header)
+            for name, (box, _) in tensors.items():
+                checksum = checksum_of(file, entries[name].start, entries[name].num_bytes)
+                shards.setdefault(name, []).append(Shard(path.name, box, checksum))
+    tensors = {
+        "model/w": Stored("F32", (5, 4), tuple(shards["model/w"])),
+        "model/b": Stored("I64", (), tuple(shards["model/b"])),
+    }
+    (folder / "manifest.json").write_bytes(encode_manifest(Manifest(step, 2, {"step": step}, files, tensors)))
+    return folder

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from armillary.parallel.held import Held
 from armillary.train.checkpoint.restore import load_weights, newest_sound
-from armillary.train.checkpoint.shards import few
 from armillary.train.checkpoint.store import complete, read_manifest
 from armillary.train.model.shape import ModelConfig
 from armillary.train.model.transformer import Transformer
 from armillary.train.run_folder import RunFolder, open_run
+from armillary.train.words import few
 
 
 def checked_weights(model: ModelConfig, report: Callable[[str], None]) -> ModelConfig:

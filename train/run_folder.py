@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from armillary.train.checkpoint.store import write_aside, write_json
 from armillary.train.config import RunConfig, dump_config, load_config
 from armillary.train.data.tokenizer import Tokenizer
+from armillary.train.files import write_aside, write_json
 
 ROOT = Path("runs")
 

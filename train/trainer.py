@@ -17,10 +17,10 @@ from armillary.train.checkpoint.restore import (
     weights_are_finite,
 )
 from armillary.train.checkpoint.save import Checkpointer
-from armillary.train.checkpoint.store import write_aside
 from armillary.train.config import RunConfig, dump_config
 from armillary.train.data.dataset import Batch, Dataset, held_out_batches, micro_batches
 from armillary.train.failure import RunStopped
+from armillary.train.files import write_aside
 from armillary.train.guard import Guard, Verdict
 from armillary.train.initial_weights import take_weights
 from armillary.train.model.shape import num_parameters

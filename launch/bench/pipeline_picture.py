@@ -4,10 +4,11 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from armillary.parallel.schedule.by_name import Schedule, schedule_named
+from armillary.parallel.schedule.actions import Schedule
+from armillary.parallel.schedule.by_name import schedule_named
 from armillary.parallel.schedule.simulator import Costs, Simulation, even_costs, simulate
 from armillary.parallel.schedule.synthesis import synthesise
-from armillary.train.checkpoint.store import write_aside
+from armillary.train.files import write_aside
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

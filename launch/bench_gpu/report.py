@@ -1,8 +1,6 @@
-"""What `armillary bench gpu` says about its figures, its table at the end, and its file."""
+"""What `armillary bench gpu` says about its figures, and its table at the end."""
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from armillary.launch.bench.by_name import Row, print_table
 from armillary.launch.bench_gpu.targets import TARGETS
@@ -66,26 +64,3 @@ def _target(row: Row) -> list[str]:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.0f}"
-
-
-def write_aside(path: Path, data: bytes) -> None:
-    """Writes a file so that its name only ever shows the whole old or the whole new content, even after a power cut.
-
-    The same as train/checkpoint/store.py's, which needs packages that kernels do not.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.aside")
-    try:
-        with open(aside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

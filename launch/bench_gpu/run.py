@@ -4,7 +4,6 @@
 """
 
 import argparse
-import json
 import os
 import platform
 import re
@@ -19,8 +18,9 @@ from typing import Any
 
 from armillary.launch.bench.by_name import Row, commit
 from armillary.launch.bench_gpu.processes import Process, run_together
-from armillary.launch.bench_gpu.report import NOTES, print_summary, write_aside
+from armillary.launch.bench_gpu.report import NOTES, print_summary
 from armillary.launch.bench_gpu.sections import SECTIONS, Section
+from armillary.train.files import write_json
 
 SECONDS = 530.0
 """Of the whole command, most."""
@@ -71,7 +71,8 @@ def measure(repetitions: int, file: Path | None, dry: bool = False, only: Sequen
 
     def save(run: Run) -> None:
         if file is not None:
-            write_aside(file, json.dumps(result(run), indent=1, allow_nan=False).encode() + b"\n")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, result(run))
 
     def result(run: Run) -> dict[str, Any]:
         return {**facts, "seconds": round(SECONDS - run.left, 1), "sections": run.sections, "rows": run.rows}

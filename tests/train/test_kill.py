@@ -12,7 +12,8 @@ import pytest
 import world as ranks
 
 from armillary.parallel.mesh import make_ranks
-from armillary.train.checkpoint.store import complete, read_manifest, verify
+from armillary.train.checkpoint.store import complete, read_manifest
+from armillary.train.checkpoint.verify import verify
 from armillary.train.config import RunConfig, load_config
 from armillary.train.data.dataset import prepare
 from armillary.train.metrics import latest_per_step, read_metrics

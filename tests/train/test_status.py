@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from armillary.train.status import NullStatus, Status, duration, quantity, status_line
+from armillary.train.status import NullStatus, Status, status_line
+from armillary.train.words import duration, quantity
 
 anything = st.floats(allow_nan=True, allow_infinity=True)
 counts = st.integers(0, 10**7)

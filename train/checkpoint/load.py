@@ -14,8 +14,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from armillary.train.checkpoint.local_part import DTYPES, Local, owner, whole_part
-from armillary.train.checkpoint.shards import Manifest, Stored, few, reads
-from armillary.train.checkpoint.store import read_manifest, safe_join
+from armillary.train.checkpoint.manifest import Manifest, Stored, reads
+from armillary.train.checkpoint.store import read_manifest
+from armillary.train.files import safe_join
+from armillary.train.words import few
 
 
 def load(

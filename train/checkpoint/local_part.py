@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from armillary.train.checkpoint.shards import Box, whole
+from armillary.train.checkpoint.boxes import Box, whole
 
 DTYPES = {
     "BOOL": torch.bool,

@@ -11,12 +11,14 @@ from torch.distributed.tensor import DTensor
 
 from armillary.parallel.held import Held, local
 from armillary.parallel.mesh import Ranks
+from armillary.train.checkpoint.boxes import Box, whole
 from armillary.train.checkpoint.load import load
 from armillary.train.checkpoint.local_part import DTYPE_NAMES, Local
-from armillary.train.checkpoint.shards import Box, few, whole
-from armillary.train.checkpoint.store import complete, verify
+from armillary.train.checkpoint.store import complete
+from armillary.train.checkpoint.verify import verify
 from armillary.train.data.dataset import Dataset
 from armillary.train.optim.optimizers import Optimizers
+from armillary.train.words import few
 
 
 def shared_state(held: Held, optimizers: Optimizers) -> dict[str, Local]:

@@ -25,27 +25,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from armillary.train.checkpoint.local_part import Local, owner, whole_part
-from armillary.train.checkpoint.shards import (
+from armillary.train.checkpoint.manifest import (
     Manifest,
     Shard,
     Stored,
     StoredFile,
     decode_manifest,
     encode_manifest,
-    few,
     merge_parts,
     tensor_name,
 )
-from armillary.train.checkpoint.store import (
-    CheckpointConfig,
-    prune,
-    publish,
-    read_header,
-    step_name,
-    sweep,
-    verify_file,
-    write_aside,
-)
+from armillary.train.checkpoint.store import CheckpointConfig, prune, publish, step_name, sweep
+from armillary.train.checkpoint.verify import read_header, verify_file
+from armillary.train.files import write_aside
+from armillary.train.words import few
 
 
 @dataclass(frozen=True)

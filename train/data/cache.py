@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from armillary.train.checkpoint.store import sync_folder, write_json
+from armillary.train.files import sync_folder, write_json
 
 HASHED_BYTES = 1 << 28
 """Cached files up to this size are checked by their hash when they are opened, larger ones by their size alone."""

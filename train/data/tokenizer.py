@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from armillary.train.checkpoint.store import write_aside, write_json
+from armillary.train.files import write_aside, write_json
 
 if TYPE_CHECKING:
     import tokenizers

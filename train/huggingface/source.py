@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from armillary.train.checkpoint.shards import few
-from armillary.train.checkpoint.store import safe_join
 from armillary.train.data.tokenizer import Tokenizer, load_tokenizer
+from armillary.train.files import safe_join
+from armillary.train.words import few
 
 READABLE = ("F32", "BF16", "F16")
 """Dtypes of tensors that are weights as they stand; others are quantised, with scales beside them."""

@@ -24,10 +24,10 @@ from armillary.launch.bench_gpu import sections as gpu_sections
 from armillary.launch.bench_gpu import shards as gpu_shards
 from armillary.launch.bench_gpu import timing as gpu_timing
 from armillary.launch.bench_gpu.attention import cases, document_lengths
-from armillary.launch.bench_gpu.report import write_aside
 from armillary.launch.bench_gpu.sections import SECTIONS, Section, complete, finite, run_job
 from armillary.launch.bench_gpu.targets import LENGTH, TARGETS
 from armillary.launch.bench_gpu.timing import Setting, measure
+from armillary.train.files import write_aside
 
 ROOT = Path(__file__).parents[3]
 

@@ -10,7 +10,8 @@ import crossing_cases as cases
 import pytest
 from crossing_cases import CROSSINGS, num_ranks
 
-from armillary.train.checkpoint.store import complete, read_manifest, verify
+from armillary.train.checkpoint.store import complete, read_manifest
+from armillary.train.checkpoint.verify import verify
 
 pytestmark = pytest.mark.slow
 TEXT = "\n".join(f"{number} times {number} is {number**2}" for number in range(300))

@@ -25,10 +25,12 @@ from torch import nn
 
 from armillary.parallel.cut import Cut
 from armillary.parallel.tensor.cuts import tensor_cuts
+from armillary.train.checkpoint.boxes import Box, tiles
 from armillary.train.checkpoint.load import load, read_full
 from armillary.train.checkpoint.local_part import DTYPE_NAMES, Local
-from armillary.train.checkpoint.shards import Box, reads, tiles
-from armillary.train.checkpoint.store import read_manifest, verify
+from armillary.train.checkpoint.manifest import reads
+from armillary.train.checkpoint.store import read_manifest
+from armillary.train.checkpoint.verify import verify
 from armillary.train.model.shape import ModelConfig
 from armillary.train.model.transformer import Transformer
 
