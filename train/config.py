@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import re
 import tomllib
 import types
@@ -69,6 +70,9 @@ def load_config(path: str | Path, overrides: Iterable[str] = (), plan: str = "")
     values, origins = _read(Path(path), ())
     # A comma inside brackets belongs to a list: "pp=2,layers=[3,1]".
     shorts = [f"plan.{part.strip()}" for part in re.split(r",(?![^\[]*\])", plan) if part.strip()]
+    names = [short.partition("=")[0].rstrip() for short in shorts]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ConfigError(f"--plan: {twice}: is given twice; give it once")
     if shorts and isinstance(values.get("plan"), dict):
         values["plan"] = {key: value for key, value in values["plan"].items() if key not in DEGREES}
     for source, text in [("--set", o) for o in overrides] + [("--plan", s) for s in shorts]:
@@ -106,23 +110,28 @@ def _without_none(value: Any) -> Any:
 
 def _read(path: Path, parents: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:
     """The merged table of a file and those it extends, and for each dotted key the file that said it."""
-    if path.resolve() in parents:
+    real = Path(os.path.realpath(path))
+    if real in parents:
         raise ConfigError(f"{path}: extends itself, through {parents[-1]}; remove one `extends`")
+    by = f", which {parents[-1]} extends" if parents else ""
     try:
         own = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], 1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else "; configs/ holds examples"
-        raise ConfigError(f"{path}: there is no such config file{hint}") from None
+        raise ConfigError(f"{path}{by}: there is no such config file{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as a text file ({error}); name a TOML file") from None
-    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}{by}: cannot be read as a text file ({error}); name a TOML file") from None
+    except (ValueError, RecursionError) as error:  # besides its own: an integer of thousands of digits
         raise ConfigError(f"{path}: is not valid TOML: {error}") from None
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     extends = own.pop("extends", [])
-    for name in [extends] if isinstance(extends, str) else extends:
-        base, base_origins = _read(path.parent / str(name), (*parents, path.resolve()))
+    names = [extends] if isinstance(extends, str) else extends
+    if not (isinstance(names, list) and all(isinstance(name, str) and name for name in names)):
+        raise ConfigError(f'{path}: extends: takes a file, or a list of files, such as "base.toml"; it is {extends!r}')
+    for name in names:
+        base, base_origins = _read(path.parent / name, (*parents, real))
         _merge(values, base)
         origins |= base_origins
     _merge(values, own)
@@ -148,17 +157,19 @@ def _dotted(table: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 def _override(values: dict[str, Any], origins: dict[str, str], source: str, text: str) -> None:
     key, equals, literal = text.partition("=")
     key = key.strip()
-    if source == "--plan" and not equals:
+    if source == "--plan" and not (equals and key != "plan."):
         raise ConfigError(f'--plan {key.removeprefix("plan.")}: write it as degree=number, for example "dp=2"')
     if not equals or not all(key.split(".")):
         raise ConfigError(f"{source} {text}: write it as section.key=value, for example optim.steps=100")
     try:
         value = tomllib.loads(f"value = {literal.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = literal.strip()
     *tables, last = key.split(".")
     table = values
-    for name in tables:
+    for depth, name in enumerate(tables, 1):
+        if name not in table:
+            origins[".".join(tables[:depth])] = source
         inner = table.setdefault(name, {})
         if not isinstance(inner, dict):
             raise ConfigError(f"{source} {text}: {name} is not a table")
@@ -189,12 +200,16 @@ def _validate(values: dict[str, Any], origins: dict[str, str], path: str) -> Run
 
 def _explain(problem: Mapping[str, Any]) -> tuple[str, str]:
     """Dotted key and sentence of one of pydantic's errors."""
-    location = [part for part in problem["loc"] if isinstance(part, int) or not part[:1].isupper()]
+    # Of a type such as `A | None`, pydantic's place has the name of the class too; an unknown key stands at its end.
+    unknown = problem["type"] == "unexpected_keyword_argument"
+    *inner, last = problem["loc"]
+    location = [part for part in inner if isinstance(part, int) or not part[:1].isupper()]
+    location += [last] if unknown or isinstance(last, int) or not last[:1].isupper() else []
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
-    if problem["type"] == "unexpected_keyword_argument":
+    if unknown:
         allowed = _allowed_keys(location[:-1])
         name = str(location[-1])
-        near = difflib.get_close_matches(name, allowed, 1, 0.5)
+        near = difflib.get_close_matches(name.lower(), allowed, 1, 0.5)
         prefix = key[: -len(name)]
         hint = f"did you mean {prefix}{near[0]}?" if near else f"allowed here: {', '.join(allowed)}"
         return key, f"unknown key; {hint}"
@@ -238,6 +253,9 @@ def _problems(config: Any, prefix: str) -> Iterator[tuple[str, str]]:
 
 
 def _out_of_bounds(value: Any, bounds: Mapping[str, Any]) -> Iterator[str]:
+    if isinstance(value, int) and abs(value) >= 2**63:
+        yield f"must be below 2**63; it is {value}"
+        return
     if value is None or not bounds:
         return
     if isinstance(value, float) and not math.isfinite(value):

@@ -112,6 +112,14 @@ def test_every_mistake_is_told_at_once_with_its_place(tmp_path):
         ('[[data.sources]]\npath = "x"\nwieght = 2', "data.sources[0].wieght: unknown key; did you mean"),
         ("data = 3", "data: "),
         ("[model\n", "is not valid TOML"),
+        ("[optim]\nsteps = " + "9" * 5000, "is not valid TOML"),
+        ("dim = " + "[" * 5000, "is not valid TOML"),
+        ("[optim]\nsteps = 9223372036854775808", "optim.steps: must be below 2**63; it is 9223372036854775808"),
+        ("[model]\nDIM = 64", "model.DIM: unknown key; did you mean model.dim?"),
+        ("[Model]\ndim = 64", "Model: unknown key; did you mean model?"),
+        ("[model.rope_scaling]\nFoo = 1", "model.rope_scaling.Foo: unknown key"),
+        ("extends = 3", 'extends: takes a file, or a list of files, such as "base.toml"; it is 3'),
+        ("extends = ['']", "extends: takes a file"),
     ],
 )
 def test_a_mistake_names_its_key(tmp_path, text, message):
@@ -127,6 +135,29 @@ def test_a_missing_file_names_the_nearest(tmp_path):
     write(tmp_path / "demo.toml", "")
     with pytest.raises(ConfigError, match=r"no such config file; did you mean .*demo\.toml\?"):
         load_config(tmp_path / "dmo.toml")
+    path = write(tmp_path / "a.toml", 'extends = "dmo.toml"')
+    with pytest.raises(ConfigError, match=r"dmo\.toml, which .*a\.toml extends: there is no such config file"):
+        load_config(path)
+
+
+def test_a_file_that_links_to_itself_is_refused(tmp_path):
+    (tmp_path / "a.toml").symlink_to(tmp_path / "a.toml")
+    with pytest.raises(ConfigError, match=r"a\.toml: cannot be read"):
+        load_config(tmp_path / "a.toml")
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ("dp=2,dp=3", "--plan: plan.dp: is given twice; give it once"),
+        ("=2", '--plan : write it as degree=number, for example "dp=2"'),
+        ("plan.dp=2", "--plan: plan.plan: unknown key"),
+    ],
+)
+def test_a_malformed_plan_is_refused(tmp_path, plan, message):
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path / "a.toml", "[plan]\ncp = 2"), plan=plan)
+    assert str(caught.value).startswith(message)
 
 
 @pytest.mark.parametrize("text", ["optim.steps", "=3", "optim..steps=3"])
