@@ -13,7 +13,7 @@ from armillary.train.build import build_engine
 from armillary.train.config import RunConfig
 from armillary.train.data.dataset import DataConfig
 from armillary.train.data.tokenizer import byte_tokenizer
-from armillary.train.huggingface.convert import write_weights
+from armillary.train.huggingface.weights import write_checkpoint
 from armillary.train.initial_weights import checked_weights, shapes_of, take_weights
 from armillary.train.model.shape import ModelConfig
 from armillary.train.optim.schedule import OptimConfig
@@ -26,7 +26,7 @@ def a_run(name: str, model: ModelConfig = MODEL, weights: bool = True) -> Path:
     """A run whose first checkpoint holds weights that tell their places."""
     folder = create_run(RunConfig(model=model, data=DataConfig(tokenizer="bytes")), "x", name, byte_tokenizer())
     if weights:
-        write_weights(folder.checkpoints, shapes_of(model), told, {"progress": {"step": 0}})
+        write_checkpoint(folder.checkpoints, shapes_of(model), told, {"progress": {"step": 0}})
     return folder.path.absolute()
 
 

@@ -254,6 +254,7 @@ def write_tensors(path: Path, snapshot: Snapshot, num_ranks: int) -> Manifest:
     files = {}
     if checksums:
         save_file(dict(snapshot.data), path)
+        path.chmod(path.parent.stat().st_mode & 0o666)  # the library lets no one else read
         with open(path, "rb") as file:
             os.fsync(file.fileno())
             if hasattr(os, "posix_fadvise"):

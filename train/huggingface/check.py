@@ -22,10 +22,47 @@ TOKENS = 96
 TEXT = "def fib(n):\n    return n if n < 2 else fib(n - 1) + fib(n - 2)\n\nÀ la carte: 12,345 € (naïve)."
 
 
-def missing_for_check(gguf_file: str | None = None) -> str:
-    """The packages that the check needs and this machine does not have, as pip takes them."""
+class LogitsDiffer(RunStopped):
+    """Our model is not the one in the files: the check's figures are in `result`."""
+
+    def __init__(self, message: str, result: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+def check_logits(
+    result: dict[str, Any],
+    consequence: str,
+    report: Callable[[str], None],
+    config: ModelConfig,
+    read: Callable[[str], Tensor],
+    tokenizer: Tokenizer,
+    folder: Path,
+    gguf_file: str | None = None,
+) -> None:
+    """Puts `logits_error` into the result, if the packages that this takes are installed, and tells of it.
+
+    Args:
+        result: of the command.
+        consequence: what follows if the error is too large.
+        report: takes one line.
+        config, read, tokenizer, folder, gguf_file: see `logits_error`.
+
+    Raises:
+        LogitsDiffer: if the error is too large.
+        RunStopped: if transformers cannot load the files.
+    """
     needed = ("transformers", "accelerate") if gguf_file else ("transformers",)
-    return " ".join(name for name in needed if find_spec(name) is None)
+    if missing := " ".join(name for name in needed if find_spec(name) is None):
+        report(f"the logits were not checked, since a package is not installed; pip install {missing}")
+        return
+    error = result["logits_error"] = logits_error(config, read, tokenizer, folder, gguf_file)
+    if not error < LARGEST_ERROR:
+        raise LogitsDiffer(
+            f"a logit differs from transformers' by {error:.3g}, which is more than {LARGEST_ERROR:g}; {consequence}",
+            result,
+        )
+    report(f"logits: the largest difference to transformers is {error:.1e} (allowed: {LARGEST_ERROR:g})")
 
 
 def logits_error(
@@ -48,7 +85,7 @@ def logits_error(
     Raises:
         RunStopped: if transformers cannot load it.
     """
-    tokens = probe(config, tokenizer)
+    tokens = _probe(config, tokenizer)
     ours = _our_logits(config, read, tokens)
     theirs = _their_logits(folder, gguf_file, tokens)
     if ours.shape != theirs.shape:
@@ -57,7 +94,7 @@ def logits_error(
     return error if math.isfinite(error) else math.inf
 
 
-def probe(config: ModelConfig, tokenizer: Tokenizer) -> Tensor:
+def _probe(config: ModelConfig, tokenizer: Tokenizer) -> Tensor:
     """Tokens (1, n): a text, and random ones of the model's whole vocabulary; more than a small window."""
     text = tokenizer.encode(TEXT)[:TOKENS]
     generator = torch.Generator().manual_seed(0)

@@ -3,7 +3,7 @@
 The package `gguf`, of llama.cpp's makers, reads the container and undoes the quantisation.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from armillary.train.data.tokenizer import Tokenizer, load_tokenizer
+from armillary.train.huggingface.gguf_tokenizer import read_tokenizer
 from armillary.train.huggingface.source import Source
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
@@ -60,12 +60,16 @@ def open_gguf(path: Path) -> Source:
         raise ValueError(f'{path}: GGUF files are read by the package gguf; pip install "armillary[hf]"') from None
     try:
         reader = gguf.GGUFReader(path)
-        facts = {name: _Lazy(part) for name, part in reader.fields.items()}
         tensors = {_their_name(tensor.name): tensor for tensor in reader.tensors}
     except Exception as error:  # whatever the library stumbles over in a damaged file
         raise ValueError(f"{path}: cannot be read as a GGUF file ({error}); fetch it again") from error
     where = str(path)
-    config = _config(facts, where, tied="lm_head.weight" not in tensors)
+
+    def fact(name: str) -> Any:
+        """A value of the metadata, or None. Long lists are made only here."""
+        return reader.fields[name].contents() if name in reader.fields else None
+
+    config = _config(fact, reader.fields, where, tied="lm_head.weight" not in tensors)
 
     def read(name: str) -> Tensor:
         stored = tensors[name]
@@ -82,21 +86,10 @@ def open_gguf(path: Path) -> Source:
         config=config,
         shapes={name: _shape(tensor) for name, tensor in tensors.items()},
         read=read,
-        tokenizer=lambda: _tokenizer(path, facts),
+        tokenizer=lambda: read_tokenizer(path, fact),
         folder=path.parent,
         gguf_file=path.name,
     )
-
-
-class _Lazy:
-    """A field of the metadata; long lists are only made when they are asked for."""
-
-    def __init__(self, part: Any) -> None:
-        self._part = part
-
-    @property
-    def value(self) -> Any:
-        return self._part.contents()
 
 
 def _shape(tensor: Any) -> tuple[int, ...]:
@@ -118,31 +111,31 @@ def _halves(tensor: Tensor, heads: int) -> Tensor:
     return tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(tensor.shape)
 
 
-def _config(facts: Mapping[str, _Lazy], where: str, tied: bool) -> dict[str, Any]:
-    """As a `config.json` would say it; see `huggingface_families.read_config` for what is checked there."""
-    kind = facts["general.architecture"].value if "general.architecture" in facts else None
+def _config(fact: Callable[[str], Any], names: Iterable[str], where: str, tied: bool) -> dict[str, Any]:
+    """As a `config.json` would say it; see `families.read_config` for what is checked there."""
+    kind = fact("general.architecture")
     if kind not in ARCHITECTURES:
         raise ValueError(
             f"{where}: general.architecture is {kind!r}; GGUF files of {', '.join(ARCHITECTURES)} can be imported"
         )
-    own = {name.removeprefix(f"{kind}."): fact for name, fact in facts.items() if name.startswith(f"{kind}.")}
-    for name, fact in own.items():
-        if name not in KEYS and name not in HARMLESS and fact.value not in (0, False, ""):
+    own = {name.removeprefix(f"{kind}."): fact(name) for name in names if name.startswith(f"{kind}.")}
+    for name, value in own.items():
+        if name not in KEYS and name not in HARMLESS and value not in (0, False, ""):
             raise ValueError(
-                f"{where}: {kind}.{name} is {fact.value!r}, which our models do not have; take the model as a folder "
+                f"{where}: {kind}.{name} is {value!r}, which our models do not have; take the model as a folder "
                 "of safetensors, where it may be one that they have"
             )
-    scaling = own["rope.scaling.type"].value if "rope.scaling.type" in own else "none"
+    scaling = own.get("rope.scaling.type", "none")
     if scaling != "none":
         raise ValueError(f"{where}: {kind}.rope.scaling.type is {scaling!r}; take the model as a folder of safetensors")
-    config = {theirs: own[name].value for name, theirs in KEYS.items() if name in own}
+    config = {theirs: own[name] for name, theirs in KEYS.items() if name in own}
     config |= {"model_type": kind, "tie_word_embeddings": tied, "use_sliding_window": "sliding_window" in config}
     if kind == "llama" and config.get("sliding_window"):
         config["model_type"] = "mistral"
-    if "vocab_size" not in config and "tokenizer.ggml.tokens" in facts:
-        config["vocab_size"] = len(facts["tokenizer.ggml.tokens"].value)
+    if "vocab_size" not in config and (tokens := fact("tokenizer.ggml.tokens")):
+        config["vocab_size"] = len(tokens)
     head = config.get("head_dim") or config.get("hidden_size", 0) // max(config.get("num_attention_heads", 1), 1)
-    turned = own["rope.dimension_count"].value if "rope.dimension_count" in own else head
+    turned = own.get("rope.dimension_count", head)
     if turned != head:
         raise ValueError(
             f"{where}: {kind}.rope.dimension_count is {turned}; our models turn whole heads, which is {head}"
@@ -151,69 +144,3 @@ def _config(facts: Mapping[str, _Lazy], where: str, tied: bool) -> dict[str, Any
         # Stored in 32 bits: 1e-5 reads 9.999999747378752e-06.
         config["rms_norm_eps"] = float(np.format_float_positional(np.float32(config["rms_norm_eps"])))
     return config
-
-
-# ---- The tokenizer ---------------------------------------------------------------------------------------------------
-
-GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-SPLITS = {
-    "gpt-2": (GPT2_SPLIT,),
-    "smollm": (r"\p{N}", GPT2_SPLIT),
-    "llama-bpe": (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-        r"|\s+(?!\S)|\s+",
-    ),
-    "qwen2": (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-        r"|\s+(?!\S)|\s+",
-    ),
-}
-"""How text is cut before merging, by the names of `tokenizer.ggml.pre`: first by the one pattern, then by the other.
-Source: llama.cpp's `llama-vocab.cpp`."""
-CONTROL, USER_DEFINED = 3, 4
-"""Kinds of tokens that text is not merged into."""
-
-
-def _tokenizer(path: Path, facts: Mapping[str, _Lazy]) -> Tokenizer:
-    """The tokenizer in the file, or the `tokenizer.json` beside it, which says more.
-
-    Raises:
-        ValueError: if there is none beside it, and none in it that can be rebuilt.
-    """
-    if (path.parent / "tokenizer.json").is_file():
-        return load_tokenizer(path.parent, "import-hf PATH")
-    from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
-    from tokenizers import Tokenizer as Inner
-
-    kind, split = (facts[key].value if key in facts else None for key in ("tokenizer.ggml.model", "tokenizer.ggml.pre"))
-    if kind != "gpt2" or split not in SPLITS:
-        raise ValueError(
-            f"{path}: tokenizer.ggml.model is {kind!r} and tokenizer.ggml.pre {split!r}; rebuilt can be 'gpt2' with "
-            f"{', '.join(SPLITS)}. Put the model's tokenizer.json beside the file"
-        )
-    tokens, kinds, merges, end = (
-        facts[f"tokenizer.ggml.{name}"].value if f"tokenizer.ggml.{name}" in facts else None
-        for name in ("tokens", "token_type", "merges", "eos_token_id")
-    )
-    if tokens is None or merges is None or end is None or not 0 <= end < len(tokens):
-        raise ValueError(
-            f"{path}: tokenizer.ggml.tokens, merges or eos_token_id is missing; put its tokenizer.json beside it"
-        )
-    inner = Inner(
-        models.BPE(
-            vocab={token: number for number, token in enumerate(tokens)},
-            merges=[tuple(merge.split(" ", 1)) for merge in merges],
-            ignore_merges=split == "llama-bpe",
-        )
-    )
-    if split == "qwen2":
-        inner.normalizer = normalizers.NFC()
-    cuts = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in SPLITS[split]]
-    inner.pre_tokenizer = pre_tokenizers.Sequence(
-        [*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    inner.decoder = decoders.ByteLevel()
-    kinds = {**dict(enumerate(kinds or [])), end: CONTROL}
-    inner.add_special_tokens([AddedToken(tokens[n], special=True) for n, kind in kinds.items() if kind == CONTROL])
-    inner.add_tokens([AddedToken(tokens[n], normalized=False) for n, kind in kinds.items() if kind == USER_DEFINED])
-    return Tokenizer(inner, tokens[end])

@@ -11,7 +11,8 @@ import torch
 
 from armillary.train.config import load_config
 from armillary.train.data.tokenizer import load_tokenizer
-from armillary.train.huggingface.convert import export_hf, import_hf
+from armillary.train.huggingface.export_model import export_hf
+from armillary.train.huggingface.import_model import import_hf
 
 gguf = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
