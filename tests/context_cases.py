@@ -19,9 +19,10 @@ from armillary.kernels.attention.places import Places
 from armillary.parallel.context.core import STRATEGIES, context_attention
 from armillary.parallel.context.layout import PLACEMENTS, Layout, lay_out
 
+PURE = tuple((name, name) for name in STRATEGIES)
 MIXED = (("ring", "token_ring"), ("token_ring", "ulysses"), ("hybrid", "all_gather"), ("all_gather", "ring"))
 CHOICES: dict[str, tuple[Any, ...]] = {
-    "strategy": (*((name, name) for name in STRATEGIES), *MIXED),
+    "strategy": (*PURE, *MIXED),
     "placement": PLACEMENTS,
     "mask": (
         Mask(),
@@ -34,7 +35,6 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "heads": ((4, 4), (6, 2), (3, 1), (5, 5), (2, 2)),
     "length": (37, 41, 3, 1),
     "documents": ("one", "packed", "short"),
-    "across": ("ring", "bidirectional_ring", "token_ring", "all_gather"),
 }
 
 
@@ -48,7 +48,6 @@ class Case:
     heads: tuple[int, int]
     length: int
     documents: str
-    across: str
     head_dim: int = 4
 
     def layout(self, num_ranks: int) -> Layout:
@@ -73,24 +72,26 @@ class Case:
         return [tensor.to(dtype) for tensor in drawn[:4]] + drawn[4:]
 
 
-def covering(seed: int) -> list[Case]:
-    """Cases in which every two values of two choices meet, chosen greedily from random ones."""
-    rng, names = random.Random(seed), list(CHOICES)
+def covering(seed: int, mixed: bool) -> list[Case]:
+    """Cases in which every two values of two choices meet, chosen greedily from random ones; with `mixed`, also passes
+    of unlike strategies."""
+    choices = CHOICES if mixed else CHOICES | {"strategy": PURE}
+    rng, names = random.Random(seed), list(choices)
     pairs = {
         (a, x, b, y)
         for a, b in itertools.combinations(range(len(names)), 2)
-        for x, y in itertools.product(range(len(CHOICES[names[a]])), range(len(CHOICES[names[b]])))
+        for x, y in itertools.product(range(len(choices[names[a]])), range(len(choices[names[b]])))
     }
     cases = []
     while pairs:
         a, x, b, y = rng.choice(sorted(pairs))
         best: tuple[int, list[int]] = (-1, [])
         for _ in range(12):
-            drawn = [rng.randrange(len(CHOICES[name])) for name in names]
+            drawn = [rng.randrange(len(choices[name])) for name in names]
             drawn[a], drawn[b] = x, y
             best = max(best, (len(pairs & _pairs(drawn)), drawn))
         pairs -= _pairs(best[1])
-        cases.append(Case(*(CHOICES[name][value] for name, value in zip(names, best[1], strict=True))))
+        cases.append(Case(*(choices[name][value] for name, value in zip(names, best[1], strict=True))))
     return cases
 
 
@@ -113,9 +114,8 @@ def run_on_rank(case: Case, layout: Layout, whole: list[Tensor], ledger: Ledger)
     *qkv, d_out, d_lse = [layout.take(tensor, rank) for tensor in whole]
     for tensor in qkv:
         tensor.requires_grad_()
-    result = context_attention(
-        *qkv, layout.shards(), case.mask, case.strategy, group=dist.group.WORLD, ledger=ledger, across=case.across
-    )
+    facts = {"group": dist.group.WORLD, "ledger": ledger}
+    result = context_attention(*qkv, layout.shards(), case.mask, case.strategy, **facts)
     d_lse = d_lse.transpose(1, 2).to(result.lse.dtype)
     torch.autograd.backward(list(result), [d_out.to(result.out.dtype), d_lse])
     return [result.out.detach(), result.lse.detach().transpose(1, 2), *(tensor.grad for tensor in qkv)]

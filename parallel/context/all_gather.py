@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from armillary.comm.exchange import Exchange, Receive, Send
-from armillary.kernels.attention.call import Gradients, Partial
+from armillary.kernels.attention.call import Partial
 from armillary.parallel.context.call import (
     Call,
+    Sums,
     add,
-    empty_gradients,
     own_backward,
     pick,
     tile_backward,
@@ -37,8 +37,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Partial:
     return Partial(result.out.to(q.dtype), result.lse)
 
 
-def backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, call: Call) -> Gradients:
-    total = empty_gradients(q, k, v)
+def backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, call: Call) -> Sums:
+    total = Sums.empty(q, k, v)
     coming = _gather(k, v, call)
     own_backward((d_out, q, k, v, lse, delta), call, total, last=False)
     going = []
@@ -49,7 +49,7 @@ def backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta:
         new = torch.zeros(both.shape, dtype=wide(k.dtype), device=k.device)
         if wanted.any():
             inputs, places = (d_out, q, both[0], both[1], lse, delta), call.shards[owner].picked(wanted)
-            tile_backward(inputs, call, call.own, places, call.heads, Gradients(total.q, new[0], new[1]))
+            tile_backward(inputs, call, call.own, places, call.heads, Sums(total.q, new[0], new[1]))
         shape = (2, k.shape[0], int(call.needs.keys[asking][call.rank].sum()), *k.shape[2:])
         going.append(call.start([Send(new, owner)], [Receive(shape, new.dtype, asking)], k, tag=call.size + distance))
     own_backward((d_out, q, k, v, lse, delta), call, total, last=True)
@@ -58,8 +58,6 @@ def backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta:
 
 def _gather(k: Tensor, v: Tensor, call: Call) -> list[Exchange]:
     """Starts the exchanges; number i is with the ranks i + 1 before and after this one."""
-    if call.size == 1:
-        return []
     both, keys, everything = torch.stack([k, v]), call.needs.keys, np.ones(call.own.seq, dtype=bool)
     flights = []
     for distance in range(1, call.size):
@@ -70,13 +68,9 @@ def _gather(k: Tensor, v: Tensor, call: Call) -> list[Exchange]:
     return flights
 
 
-def _summed(total: Gradients, going: list[Exchange], call: Call) -> Gradients:
+def _summed(total: Sums, going: list[Exchange], call: Call) -> Sums:
     """`total`, to whose dK and dV the other ranks' are added, all in rank order."""
     parts = {(call.rank + distance) % call.size: flight.wait()[0] for distance, flight in enumerate(going, start=1)}
-    if not parts:
-        return total
-    assert total.k is not None
-    assert total.v is not None
     own = torch.stack([total.k, total.v])
     both = torch.zeros_like(own)
     for rank in range(call.size):

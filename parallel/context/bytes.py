@@ -19,33 +19,52 @@ import torch
 
 from armillary.kernels.attention.mask import Mask
 from armillary.kernels.attention.places import Places
-from armillary.parallel.context.call import Heads, wide
+from armillary.parallel.context.call import Heads
 from armillary.parallel.context.needs import Needs, needs_of
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of one token's share in what travels."""
+    """Bytes of one token's share in what travels; of a token in each of `batch` rows."""
 
     batch: int
     head_dim: int
-    dtype: torch.dtype
+    itemsize: int
 
-    def queries(self, heads: Heads) -> int:
+    @property
+    def wide(self) -> int:
+        """Bytes of a number in a sum, which is float32 at least."""
+        return max(4, self.itemsize)
+
+    def queries(self, num: int) -> int:
         """Q, dO, dQ, or a result's out."""
-        return self.batch * (heads.stop - heads.first) * self.head_dim * self.dtype.itemsize
+        return self.batch * num * self.head_dim * self.itemsize
 
-    def rows(self, heads: Heads) -> int:
+    def rows(self, num: int) -> int:
         """lse or delta."""
-        return self.batch * (heads.stop - heads.first) * wide(self.dtype).itemsize
+        return self.batch * num * self.wide
 
-    def keys(self, heads: Heads) -> int:
+    def keys(self, num_kv: int) -> int:
         """K and V."""
-        return 2 * self.batch * heads.num_kv * self.head_dim * self.dtype.itemsize
+        return 2 * self.batch * num_kv * self.head_dim * self.itemsize
 
-    def sums(self, heads: Heads) -> int:
+    def sums(self, num_kv: int) -> int:
         """dK and dV, summed over ranks."""
-        return 2 * self.batch * heads.num_kv * self.head_dim * wide(self.dtype).itemsize
+        return 2 * self.batch * num_kv * self.head_dim * self.wide
+
+    def token_ring(self, num: int, backward: bool) -> tuple[int, int]:
+        """Of a query: what goes out, and what comes home."""
+        if backward:
+            return 2 * self.queries(num) + 2 * self.rows(num), self.queries(num)
+        return self.queries(num), self.queries(num) + self.rows(num)
+
+    def swap(self, heads: Heads, backward: bool, shared: bool) -> tuple[int, int]:
+        """Of a token swapped for `heads`: what goes out, and what comes home; `shared` as `ulysses.is_shared` says."""
+        out, home = self.queries(heads.num) + self.keys(heads.num_kv), self.queries(heads.num) + self.rows(heads.num)
+        if backward:
+            out += self.queries(heads.num) + 2 * self.rows(heads.num)
+            home = self.queries(heads.num) + (self.sums(heads.num_kv) if shared else self.keys(heads.num_kv))
+        return out, home
 
 
 def bytes_sent(
@@ -59,7 +78,6 @@ def bytes_sent(
     head_dim: int,
     dtype: torch.dtype,
     level: int | None = None,
-    across: str = "ring",
 ) -> list[int]:
     """Bytes that each rank sends in one pass of one call.
 
@@ -70,17 +88,17 @@ def bytes_sent(
         mask: what queries see.
         heads, kv_heads, head_dim: of the call.
         dtype: of q, k and v.
-        level, across: of hybrid; `level` must be given for it.
+        level: of hybrid, for which it must be given.
 
     Raises:
         KeyError: for an unknown strategy.
     """
-    sizes = Sizes(shards[0].batch, head_dim, dtype)
+    sizes = Sizes(shards[0].batch, head_dim, dtype.itemsize)
     every = Heads(0, heads, heads // kv_heads)
     if strategy in ("ulysses", "hybrid"):
         degree = len(shards) if strategy == "ulysses" else level
         assert degree, "hybrid needs the ranks of a level"
-        return _levels(backward, shards, mask, sizes, every, degree, "all_gather" if strategy == "ulysses" else across)
+        return _levels(backward, shards, mask, sizes, every, degree)
     return FLAT[strategy](needs_of(shards, mask), sizes, every, backward)
 
 
@@ -115,25 +133,21 @@ def _lane(needs: Needs, sizes: Sizes, heads: Heads, backward: bool, way: int, ha
         last = int(furthest.max(initial=0))
         for distance in range(last + 1):
             holder = (owner + way * distance) % size
-            sent[holder] += int((furthest > distance).sum()) * sizes.keys(heads)
+            sent[holder] += int((furthest > distance).sum()) * sizes.keys(heads.num_kv)
             if backward:
-                sent[holder] += int((nearest <= distance).sum()) * sizes.sums(heads)
+                sent[holder] += int((nearest <= distance).sum()) * sizes.sums(heads.num_kv)
     return sent
 
 
 def _token_ring(needs: Needs, sizes: Sizes, heads: Heads, backward: bool) -> list[int]:
-    count = _counts(needs.queries)
-    if backward:
-        out, home = 2 * sizes.queries(heads) + 2 * sizes.rows(heads), sizes.queries(heads)
-    else:
-        out, home = sizes.queries(heads), sizes.queries(heads) + sizes.rows(heads)
+    count, (out, home) = _counts(needs.queries), sizes.token_ring(heads.num, backward)
     return [int(out * count[rank].sum() + home * count[:, rank].sum()) for rank in range(len(count))]
 
 
 def _gather(needs: Needs, sizes: Sizes, heads: Heads, backward: bool) -> list[int]:
     count = _counts(needs.keys)
-    home = sizes.sums(heads) if backward else 0
-    return [int(sizes.keys(heads) * count[:, rank].sum() + home * count[rank].sum()) for rank in range(len(count))]
+    out, home = sizes.keys(heads.num_kv), sizes.sums(heads.num_kv) if backward else 0
+    return [int(out * count[:, rank].sum() + home * count[rank].sum()) for rank in range(len(count))]
 
 
 FLAT = {"ring": _ring, "bidirectional_ring": _both_ways, "token_ring": _token_ring, "all_gather": _gather}
@@ -146,33 +160,19 @@ def _counts(table: tuple[tuple[np.ndarray, ...], ...]) -> np.ndarray:
     return counts
 
 
-def _levels(
-    backward: bool,
-    shards: Sequence[Places],
-    mask: Mask,
-    sizes: Sizes,
-    every: Heads,
-    degree: int,
-    across: str,
-) -> list[int]:
+def _levels(backward: bool, shards: Sequence[Places], mask: Mask, sizes: Sizes, every: Heads, degree: int) -> list[int]:
     parts = every.split(degree)
-    whole = degree == 1 or all(a.kv_stop <= b.kv_first for a, b in pairwise(parts))
+    shared = any(a.kv_stop > b.kv_first for a, b in pairwise(parts))
     levels = [Places.joined(shards[i : i + degree]) for i in range(0, len(shards), degree)]
     sent = []
     for rank in range(len(shards)):
         number, here = divmod(rank, degree)
         own = parts[here]
-        total = 0
+        _, home = sizes.swap(own, backward, shared)
+        total = _ring(needs_of(levels, mask), sizes, own, backward)[number]
         for member in range(degree):
-            if member == here:
-                continue
-            theirs, seq = parts[member], shards[number * degree + member].seq
-            out = sizes.queries(theirs) + sizes.keys(theirs)
-            home = sizes.queries(own) + sizes.rows(own)
-            if backward:
-                out += sizes.queries(theirs) + 2 * sizes.rows(theirs)
-                home = sizes.queries(own) + (sizes.keys(own) if whole else sizes.sums(own))
-            total += shards[rank].seq * out + seq * home
-        inner = FLAT[across](needs_of(levels, mask), sizes, own, backward)[number]
-        sent.append(total + inner)
+            if member != here:
+                out, _ = sizes.swap(parts[member], backward, shared)
+                total += shards[rank].seq * out + shards[number * degree + member].seq * home
+        sent.append(total)
     return sent

@@ -4,7 +4,7 @@ Shapes are those of `kernels/attention/call.py`; a rank's tensors hold the token
 functions:
 
     forward(q, k, v, call) -> Partial                          out in q's dtype
-    backward(d_out, q, k, v, lse, delta, call) -> Gradients    float32 (float64 for float64)
+    backward(d_out, q, k, v, lse, delta, call) -> Sums         float32 (float64 for float64)
 
 with lse and delta of the whole rows. What travels is the inputs' dtype, but lse, delta and sums over ranks are float32.
 """
@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,6 +40,10 @@ class Heads:
     ratio: int
 
     @property
+    def num(self) -> int:
+        return self.stop - self.first
+
+    @property
     def kv_first(self) -> int:
         return self.first // self.ratio
 
@@ -53,8 +58,7 @@ class Heads:
     def split(self, parts: int) -> tuple["Heads", ...]:
         """Query heads shared out in stretches whose lengths differ by one at most; key heads that two need are in
         both."""
-        count = self.stop - self.first
-        cuts = [self.first + count * part // parts for part in range(parts + 1)]
+        cuts = [self.first + self.num * part // parts for part in range(parts + 1)]
         return tuple(replace(self, first=a, stop=b) for a, b in pairwise(cuts))
 
     def of_keys(self, kv_first: int, kv_stop: int) -> "Heads":
@@ -94,7 +98,6 @@ class Call:
     """What the ledger counts the bytes for."""
     first_head: int = 0
     """Number, in the whole model, of the key head that this call counts as 0."""
-    implementation: str | None = None
 
     @property
     def size(self) -> int:
@@ -126,9 +129,17 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def empty_gradients(q: Tensor, k: Tensor, v: Tensor) -> Gradients:
-    """Zeros to add to."""
-    return Gradients(*(torch.zeros(t.shape, dtype=wide(t.dtype), device=t.device) for t in (q, k, v)))
+class Sums(NamedTuple):
+    """dQ, dK and dV as they add up, in the dtype of sums; shaped as q, k and v."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+    @classmethod
+    def empty(cls, q: Tensor, k: Tensor, v: Tensor) -> "Sums":
+        """Zeros to add to."""
+        return cls(*(torch.zeros(t.shape, dtype=wide(t.dtype), device=t.device) for t in (q, k, v)))
 
 
 def tile_forward(
@@ -146,7 +157,7 @@ def tile_forward(
     `out` in `dtype`, or folded into `into`."""
     segments = heads.segments()
     if into is None and len(segments) == 1:
-        return attention.forward(q, k, v, _tile(call, queries, keys, heads), None, dtype, call.implementation)
+        return attention.forward(q, k, v, _tile(call, queries, keys, heads), dtype=dtype)
     result = into
     if result is None:
         lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), -math.inf, dtype=wide(q.dtype), device=q.device)
@@ -155,18 +166,15 @@ def tile_forward(
         ours, theirs = segment.within(heads)
         tensors = q[:, :, ours], k[:, :, theirs], v[:, :, theirs]
         part = Partial(result.out[:, :, ours], result.lse[:, ours])
-        attention.forward(*tensors, _tile(call, queries, keys, segment), part, None, call.implementation)
+        attention.forward(*tensors, _tile(call, queries, keys, segment), part)
     return result if into is not None else Partial(result.out.to(dtype or q.dtype), result.lse)
 
 
 def tile_backward(
-    inputs: tuple[Tensor, ...], call: Call, queries: Places, keys: Places, heads: Heads, into: Gradients
+    inputs: tuple[Tensor, ...], call: Call, queries: Places, keys: Places, heads: Heads, into: Sums
 ) -> None:
     """Adds one tile's gradients to `into`; `inputs` are d_out, q, k, v, lse and delta."""
     d_out, q, k, v, lse, delta = inputs
-    assert into.q is not None
-    assert into.k is not None
-    assert into.v is not None
     for segment in heads.segments():
         ours, theirs = segment.within(heads)
         attention.backward(
@@ -178,21 +186,18 @@ def tile_backward(
             delta[:, ours],
             _tile(call, queries, keys, segment),
             Gradients(into.q[:, :, ours], into.k[:, :, theirs], into.v[:, :, theirs]),
-            call.implementation,
         )
 
 
-def own_backward(inputs: tuple[Tensor, ...], call: Call, total: Gradients, *, last: bool) -> None:
+def own_backward(inputs: tuple[Tensor, ...], call: Call, total: Sums, *, last: bool) -> None:
     """Adds the gradients of a part of this rank's own tile: its later keys, first of all, while others' keys come; its
     earlier ones, `last`, while the last sums or results go home. Of one rank's tile there is one part."""
     d_out, q, k, v, lse, delta = inputs
-    assert total.k is not None
-    assert total.v is not None
     tokens, middle = np.arange(call.own.seq), call.own.seq // 2 if call.size > 1 else 0
     part = slice(0, middle) if last else slice(middle, None)
     places = call.own.picked((tokens < middle) == last)
     if places.seq:
-        into = Gradients(total.q, total.k[:, part], total.v[:, part])
+        into = Sums(total.q, total.k[:, part], total.v[:, part])
         tile_backward((d_out, q, k[:, part], v[:, part], lse, delta), call, call.own, places, call.heads, into)
 
 

@@ -13,11 +13,12 @@ grouped queries, today's rule, rings win. A direct all-gather uses all links of 
 all ranks.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from armillary.comm.link import Link, short
 from armillary.kernels.attention.mask import Mask
+from armillary.parallel.context.bytes import Sizes
 from armillary.parallel.context.call import Heads
 from armillary.parallel.context.token_ring import AHEAD
 from armillary.parallel.context.ulysses import is_shared
@@ -52,28 +53,23 @@ class Shape:
     """Rows of the batch, among which the tokens are shared out."""
 
     @property
-    def wide(self) -> int:
-        return max(4, self.itemsize)
+    def every_head(self) -> Heads:
+        return Heads(0, self.heads, self.heads // self.kv_heads)
 
     @property
-    def queries(self) -> int:
-        """Bytes of Q, dO, dQ or out."""
-        return self.tokens * self.heads * self.head_dim * self.itemsize
-
-    @property
-    def row_numbers(self) -> int:
-        """Bytes of lse or delta."""
-        return self.tokens * self.heads * self.wide
+    def sizes(self) -> Sizes:
+        """Bytes of what travels for all tokens of a rank."""
+        return Sizes(self.tokens, self.head_dim, self.itemsize)
 
     @property
     def keys(self) -> int:
         """Bytes of K and V."""
-        return 2 * self.tokens * self.kv_heads * self.head_dim * self.itemsize
+        return self.sizes.keys(self.kv_heads)
 
     @property
     def sums(self) -> int:
         """Bytes of dK and dV."""
-        return 2 * self.tokens * self.kv_heads * self.head_dim * self.wide
+        return self.sizes.sums(self.kv_heads)
 
     def tile(self, backward: bool, flops: float | None) -> float:
         """Seconds of one rank's tile over one other rank's keys, at `flops` operations a second; 0 for None."""
@@ -151,9 +147,7 @@ def token_ring_seconds(shape: Shape, link: Link, backward: bool, tile: float) ->
 
     Through a port one message passes after the other; on links of their own all go at once, the queries of two steps.
     """
-    out, home = shape.queries, shape.queries + shape.row_numbers
-    if backward:
-        out, home = 2 * shape.queries + 2 * shape.row_numbers, shape.queries
+    out, home = shape.sizes.token_ring(shape.heads, backward)
     port = 0.0
 
     def arrival(ready: float, num_bytes: float) -> float:
@@ -187,15 +181,10 @@ def ulysses_seconds(shape: Shape, link: Link, backward: bool, tile: float) -> fl
     size = shape.ranks
     if size == 1:
         return tile
-    parts = Heads(0, shape.heads, shape.heads // shape.kv_heads).split(size)
-    heads, keys = max(part.stop - part.first for part in parts), max(part.num_kv for part in parts)
-    per_head, per_row = shape.queries / shape.heads, shape.row_numbers / shape.heads
-    key, total = shape.keys / shape.kv_heads, shape.sums / shape.kv_heads
-    out = heads * per_head + keys * key
-    home = heads * (per_head + per_row)
-    if backward:
-        out += heads * (per_head + 2 * per_row)
-        home = heads * per_head + keys * (total if is_shared(parts) else key)
+    parts = shape.every_head.split(size)
+    swaps = [shape.sizes.swap(part, backward, is_shared(parts)) for part in parts]
+    out, home = max(out for out, _ in swaps), max(home for _, home in swaps)
+    heads = max(part.num for part in parts)
     others = 1 if link.own_links else size - 1
     # A tile of all heads over one rank's keys; here the busiest rank's heads over the whole length, P by P such tiles.
     computing = tile * size * heads * size / shape.heads
@@ -204,12 +193,10 @@ def ulysses_seconds(shape: Shape, link: Link, backward: bool, tile: float) -> fl
 
 def hybrid_seconds(shape: Shape, link: Link, backward: bool, tile: float, level: int, inside: Link) -> float:
     """Ulysses inside a level, without its computing, and a ring across of longer shards with fewer heads."""
-    swap = Shape(level, shape.tokens, shape.heads, shape.kv_heads, shape.head_dim, shape.itemsize, shape.causal)
-    parts = Heads(0, shape.heads, shape.heads // shape.kv_heads).split(level)
-    heads, keys = max(part.stop - part.first for part in parts), max(part.num_kv for part in parts)
-    across = Shape(
-        shape.ranks // level, shape.tokens * level, heads, keys, shape.head_dim, shape.itemsize, shape.causal
-    )
+    parts = shape.every_head.split(level)
+    heads, keys = max(part.num for part in parts), max(part.num_kv for part in parts)
+    swap = replace(shape, ranks=level)
+    across = replace(shape, ranks=shape.ranks // level, tokens=shape.tokens * level, heads=heads, kv_heads=keys)
     longer = tile * level * level * heads / shape.heads
     return ulysses_seconds(swap, inside, backward, 0.0) + ring_seconds(across, link, backward, longer)
 
@@ -226,12 +213,3 @@ TIMES = {
     "ulysses": ulysses_seconds,
 }
 """From the simplest on."""
-
-
-def step_ratio(shape: Shape, own_links: bool, backward: bool) -> float:
-    """Wire time of a ring's step over that of TokenRing's, without latency: above 1 TokenRing's is shorter."""
-    out, home = shape.queries, shape.queries + shape.row_numbers
-    ring = shape.keys + (shape.sums if backward else 0)
-    if backward:
-        out, home = 2 * shape.queries + 2 * shape.row_numbers, shape.queries
-    return ring / (max(out, home) if own_links else out + home)

@@ -58,10 +58,6 @@ class Layout:
     """For each rank the tokens of each row that it holds, ascending: int64 (batch, number of the rank's tokens)."""
 
     @property
-    def num_ranks(self) -> int:
-        return len(self.tokens)
-
-    @property
     def counts(self) -> tuple[int, ...]:
         """Tokens a row of each rank."""
         return tuple(index.shape[1] for index in self.tokens)
@@ -88,14 +84,6 @@ class Layout:
             index = torch.from_numpy(self.tokens[rank]).to(tensor.device)
             return tensor[torch.from_numpy(rows).to(tensor.device), index]
         return tensor[rows, self.tokens[rank]]
-
-    def put_back(self, shares: Sequence[Tensor]) -> Tensor:
-        """The whole tensor (batch, seq, ...) from the shares of all ranks."""
-        whole = shares[0].new_empty(*self.positions.shape, *shares[0].shape[2:])
-        rows = torch.arange(len(self.positions), device=whole.device)[:, None]
-        for index, share in zip(self.tokens, shares, strict=True):
-            whole[rows, torch.from_numpy(index).to(whole.device)] = share
-        return whole
 
 
 def lay_out(
@@ -186,12 +174,6 @@ def keys_seen(mask: Mask, positions: np.ndarray, documents: np.ndarray) -> np.nd
     sinks = np.clip(np.minimum(mask.sinks, begin) - first, 0, None)
     far = (begin - first - sinks) // mask.stride if mask.stride else 0
     return last - begin + 1 + sinks + far
-
-
-def work_per_rank(layout: Layout, mask: Mask) -> np.ndarray:
-    """Pairs of query and key that each rank's queries see: int64 (num_ranks,)."""
-    work = keys_seen(mask, layout.positions, layout.documents)
-    return np.array([int(np.take_along_axis(work, index, 1).sum()) for index in layout.tokens])
 
 
 def _tokens_of_each(owner: np.ndarray, num_ranks: int) -> tuple[np.ndarray, ...]:

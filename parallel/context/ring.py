@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from armillary.comm.exchange import Exchange, Receive, Send
-from armillary.kernels.attention.call import Gradients, Partial
+from armillary.kernels.attention.call import Partial
 from armillary.kernels.attention.places import Places
 from armillary.parallel.context.call import (
     Call,
     Heads,
+    Sums,
     add,
-    empty_gradients,
     own_backward,
     pick,
     tile_backward,
@@ -111,7 +111,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Partial:
     return _forward(q, k, v, call, one_way(call.heads))
 
 
-def backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, call: Call) -> Gradients:
+def backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, call: Call) -> Sums:
     return _backward((d_out, q, k, v, lse, delta), call, one_way(call.heads))
 
 
@@ -119,9 +119,7 @@ def forward_both_ways(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Partial:
     return _forward(q, k, v, call, both_ways(call.heads))
 
 
-def backward_both_ways(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, call: Call
-) -> Gradients:
+def backward_both_ways(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, call: Call) -> Sums:
     return _backward((d_out, q, k, v, lse, delta), call, both_ways(call.heads))
 
 
@@ -144,11 +142,11 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, call: Call, lanes: tuple[Lane, ...
     return Partial(result.out.to(q.dtype), result.lse)
 
 
-def _backward(inputs: tuple[Tensor, ...], call: Call, lanes: tuple[Lane, ...]) -> Gradients:
+def _backward(inputs: tuple[Tensor, ...], call: Call, lanes: tuple[Lane, ...]) -> Sums:
     _, q, k, v, _, _ = inputs
-    total = empty_gradients(q, k, v)
+    total = Sums.empty(q, k, v)
     chunks = _own_chunks(k, v, call, lanes)
-    sums = _Sums(call, lanes, k)
+    sums = _TravellingSums(call, lanes, k)
     for distance in range(call.size):
         coming = _pass_on(chunks, call, lanes, distance)
         if distance == 0:
@@ -166,7 +164,6 @@ def _backward(inputs: tuple[Tensor, ...], call: Call, lanes: tuple[Lane, ...]) -
             _, theirs = lane.heads.within(call.heads)
             route = route_of(call, lane, call.rank)
             for gradient, part in zip((total.k, total.v), home, strict=True):
-                assert gradient is not None
                 add(gradient[:, :, theirs], 1, route.carried(0), route.touched(route.last), part)
     return total
 
@@ -201,7 +198,7 @@ def _wanted(chunk: Tensor, call: Call, lane: Lane, distance: int) -> tuple[Tenso
 
 
 def _gradients(
-    inputs: tuple[Tensor, ...], chunk: Tensor, call: Call, lane: Lane, distance: int, total: Gradients
+    inputs: tuple[Tensor, ...], chunk: Tensor, call: Call, lane: Lane, distance: int, total: Sums
 ) -> Tensor | None:
     """This rank's dK and dV for the chunk's wanted tokens, stacked; adds to dQ."""
     tile = _wanted(chunk, call, lane, distance)
@@ -211,13 +208,12 @@ def _gradients(
     d_out, q, _, _, lse, delta = inputs
     ours, _ = lane.heads.within(call.heads)
     new = torch.zeros(tile[0].shape, dtype=wide(k.dtype), device=k.device)
-    assert total.q is not None
     mine = d_out[:, :, ours], q[:, :, ours], k, v, lse[:, ours], delta[:, ours]
-    tile_backward(mine, call, call.own, places, lane.heads, Gradients(total.q[:, :, ours], new[0], new[1]))
+    tile_backward(mine, call, call.own, places, lane.heads, Sums(total.q[:, :, ours], new[0], new[1]))
     return new
 
 
-class _Sums:
+class _TravellingSums:
     """The sums of dK and dV that follow the chunks, one for each lane."""
 
     def __init__(self, call: Call, lanes: tuple[Lane, ...], like: Tensor) -> None:

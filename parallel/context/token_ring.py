@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from armillary.comm.exchange import Exchange, Receive, Send
-from armillary.kernels.attention.call import Gradients, Partial
+from armillary.kernels.attention.call import Partial
 from armillary.kernels.attention.merge import merge_
 from armillary.kernels.attention.places import Places
 from armillary.parallel.context.call import (
     Call,
+    Sums,
     add,
-    empty_gradients,
     own_backward,
     pick,
     put,
@@ -58,8 +58,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Partial:
     return Partial(result.out.to(q.dtype), result.lse)
 
 
-def backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, call: Call) -> Gradients:
-    total = empty_gradients(q, k, v)
+def backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, call: Call) -> Sums:
+    total = Sums.empty(q, k, v)
 
     def compute(parts: list[Tensor], places: Places) -> list[Tensor]:
         their_q, their_d_out, their_lse, their_delta = parts
@@ -72,7 +72,6 @@ def backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta:
         own_backward((d_out, q, k, v, lse, delta), call, total, last=last)
 
     def absorb(tokens: np.ndarray, parts: list[Tensor]) -> None:
-        assert total.q is not None
         add(total.q, 1, np.ones_like(tokens), tokens, parts[0])
 
     _circulate(call, [(q, 1), (d_out, 1), (lse, 2), (delta, 2)], [(q, 1)], own, compute, absorb)

@@ -4,24 +4,25 @@ The degree need not divide anything: query heads are shared out in stretches who
 may get none), and a key head that several ranks need goes to each of them; their float32 gradients add up at home, in
 rank order. Tokens may be shared out unevenly too.
 
-Hybrid: the ranks in levels of `degree` neighbours; Ulysses inside a level, where links are fast, and any other strategy
-across levels, among the ranks that have the same heads. With one level it is plain Ulysses. Sources: Jacobs et al. 2023
-(DeepSpeed Ulysses); Fang and Zhao 2024 (USP).
+Hybrid: the ranks in levels of `degree` neighbours; Ulysses inside a level, where links are fast, and a ring across
+levels, among the ranks that have the same heads. With one level it is plain Ulysses, and the ring has one rank.
+Sources: Jacobs et al. 2023 (DeepSpeed Ulysses); Fang and Zhao 2024 (USP).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from armillary.comm.exchange import Receive, Send
-from armillary.kernels.attention.call import Gradients, Partial
+from armillary.kernels.attention.call import Partial
 from armillary.kernels.attention.places import Places
-from armillary.parallel.context.call import Call, Heads, wide
+from armillary.parallel.context import ring
+from armillary.parallel.context.call import Call, Heads, Sums, wide
 
 OUT, HOME = 1 << 16, (1 << 16) + 1
-"""Tags, above those of the strategy across levels."""
+"""Tags, above those of the ring across levels."""
 
 
 @dataclass(frozen=True)
@@ -59,33 +60,21 @@ def level_of(call: Call, degree: int) -> Level:
     return Level(tuple(range(number * degree, (number + 1) * degree)), here, heads, across)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, call: Call, degree: int, inner: Callable[..., Partial]) -> Partial:
-    """`inner` is the forward pass across levels."""
+def forward(q: Tensor, k: Tensor, v: Tensor, call: Call, degree: int) -> Partial:
     level = level_of(call, degree)
     (all_q,), (all_kv,) = _swap(call, level, [(q, 1)], [(torch.stack([k, v]), 2)])
-    result = inner(all_q, *all_kv, level.across)
+    result = ring.forward(all_q, all_kv[0], all_kv[1], level.across)
     out, lse = _swap_back(call, level, [(result.out, 1), (result.lse, 2)])
     return Partial(torch.cat(out, 2), torch.cat(lse, 1))
 
 
 def backward(
-    d_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    call: Call,
-    degree: int,
-    inner: Callable[..., Gradients],
-) -> Gradients:
-    """`inner` is the backward pass across levels."""
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, call: Call, degree: int
+) -> Sums:
     level = level_of(call, degree)
     queries, (all_kv,) = _swap(call, level, [(d_out, 1), (q, 1), (lse, 2), (delta, 2)], [(torch.stack([k, v]), 2)])
     all_d_out, all_q, all_lse, all_delta = queries
-    d_q, d_k, d_v = (
-        _filled(gradient) for gradient in inner(all_d_out, all_q, *all_kv, all_lse, all_delta, level.across)
-    )
+    d_q, d_k, d_v = ring.backward(all_d_out, all_q, all_kv[0], all_kv[1], all_lse, all_delta, level.across)
     # Where each key head has one user here, its sum is whole, and is rounded once wherever that happens.
     shared = is_shared(level.heads)
     d_kv = torch.stack([d_k, d_v]).to(wide(k.dtype) if shared else k.dtype)
@@ -93,7 +82,7 @@ def backward(
     total = torch.zeros(2, *k.shape, dtype=wide(k.dtype), device=k.device)
     for heads, part in zip(level.heads, kv_parts, strict=True):
         total[:, :, :, heads.within(call.heads)[1]] += part
-    return Gradients(torch.cat(q_parts, 2).to(total.dtype), total[0], total[1])
+    return Sums(torch.cat(q_parts, 2).to(total.dtype), total[0], total[1])
 
 
 def is_shared(heads: Sequence[Heads]) -> bool:
@@ -149,11 +138,6 @@ def _swap_back(call: Call, level: Level, tensors: list[tuple[Tensor, int]]) -> l
         start += seq
     received = call.start(sends, receives, tensors[0][0], tag=HOME).wait()
     return _with_own(received, own, level, len(tensors))
-
-
-def _filled(gradient: Tensor | None) -> Tensor:
-    assert gradient is not None
-    return gradient
 
 
 def _heads_dim(tensor: Tensor, dim: int) -> int:

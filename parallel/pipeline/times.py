@@ -1,8 +1,7 @@
 """What each pass of a pipeline's stages takes, measured on the stages themselves before a run starts."""
 
-import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -74,34 +73,23 @@ def measure_stages(
 
 def _round(stage: Stage, part: Part) -> Times:
     """One micro-batch through one stage, timed."""
-    seconds = []
-    stage.begin([part], torch.ones((), device=stage.device))
 
-    def timed(action: str) -> None:
+    def timed(compute: Callable[[], object]) -> float:
         began = time.perf_counter()
-        if action == "F":
-            if not stage.is_first:
-                stage.get_fwd_recv_ops(0)
-            stage.forward_one_chunk(0)
-        elif action == "I":
-            if not stage.is_last:
-                stage.get_bwd_recv_ops(0)
-            stage.backward_one_chunk(0, full_backward=False)
-        else:
-            stage.backward_weight_one_chunk(0)
+        compute()
         if stage.device.type == "cuda":
             torch.cuda.synchronize(stage.device)
-        seconds.append(time.perf_counter() - began)
+        return time.perf_counter() - began
 
-    for action in ("F", "I", "W"):
-        timed(action)
+    stage.begin([part], torch.ones((), device=stage.device))
+    if not stage.is_first:
+        stage.get_fwd_recv_ops(0)
+    forward = timed(lambda: stage.forward_one_chunk(0))
+    if not stage.is_last:
+        stage.get_bwd_recv_ops(0)
+    backward = timed(lambda: stage.backward_one_chunk(0, full_backward=False))
+    weights = timed(lambda: stage.backward_weight_one_chunk(0))
     stage.clear_runtime_states()
     pipeline_fsdp.reduce(stage.submod)
     pipeline_fsdp.reshard(stage.submod)
-    f, i, w = seconds
-    return f, i, w
-
-
-def hop_seconds(rate: float, latency: float, shape: tuple[int, ...], dtype: torch.dtype) -> float:
-    """Of hidden from one stage to the next over a link of so many bytes a second."""
-    return latency + math.prod(shape) * dtype.itemsize / rate
+    return forward, backward, weights

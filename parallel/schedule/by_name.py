@@ -2,57 +2,19 @@
 
 from collections.abc import Sequence
 
-from armillary.parallel.schedule.actions import Action, Schedule, Shape, place_stages
+from armillary.parallel.schedule.actions import Schedule, Shape, place_stages
 from armillary.parallel.schedule.check import check
 from armillary.parallel.schedule.simulator import Costs, even_costs
-from armillary.parallel.schedule.stock import (
-    DEFAULT_STAGES,
-    GENERATORS,
-    ONLY_STAGES,
-    SHAPES,
-    SYNTHESISED,
-    stock_schedule,
-)
-from armillary.parallel.schedule.synthesis import synthesise
+from armillary.parallel.schedule.stock import KNOWN, stock_schedule
+from armillary.parallel.schedule.synthesis import SYNTHESISED, synthesise
 
-__all__ = [
-    "SCHEDULES",
-    "Action",
-    "Schedule",
-    "check",
-    "place_stages",
-    "schedule_named",
-    "shape_of",
-    "stages_per_rank_of",
-]
-
-SCHEDULES = (*GENERATORS, SYNTHESISED)
-
-
-def stages_per_rank_of(name: str, stages_per_rank: int = 0) -> int:
-    """How many stages a rank has under a schedule: `stages_per_rank`, or for 0 what is usual for the schedule.
-
-    Raises:
-        ValueError: if there is no such schedule, or it does not allow this number.
-    """
-    if name not in SCHEDULES:
-        raise ValueError(f'plan.schedule = "{name}" is not a schedule; there are: {", ".join(SCHEDULES)}')
-    wanted = stages_per_rank or DEFAULT_STAGES.get(name, 1)
-    if wanted < 1:
-        raise ValueError(f"plan.stages_per_rank = {wanted} must be at least 1; leave it out for the schedule's own")
-    only = ONLY_STAGES.get(name, wanted)
-    if wanted != only:
-        hint = ', or plan.schedule = "interleaved" for more' if name == "1f1b" else ""
-        raise ValueError(
-            f'plan.schedule = "{name}" has exactly {only} stage{"s" if only > 1 else ""} a rank, not '
-            f"plan.stages_per_rank = {wanted}; leave that key out{hint}"
-        )
-    return wanted
+SCHEDULES = (*KNOWN, SYNTHESISED)
 
 
 def shape_of(name: str) -> Shape:
-    """How a schedule lays the stages on the ranks."""
-    return SHAPES.get(name, "loop")
+    """How a schedule lays the stages on the ranks. One made to measure is a V: turning round costs no hop, and the
+    first and the last stage are on one rank, so that a matrix tied between embedding and head is there once."""
+    return "v" if name == SYNTHESISED else KNOWN[name].shape
 
 
 def schedule_named(
@@ -77,7 +39,7 @@ def schedule_named(
     Raises:
         ValueError: if there is no such schedule, it does not allow so many stages, or the limits are too low.
     """
-    per_rank = stages_per_rank_of(name, stages_per_rank)
+    per_rank = _stages_per_rank(name, stages_per_rank)
     if num_ranks < 1 or num_micro_batches < 1:
         raise ValueError(
             f'plan.schedule = "{name}" needs plan.pp and optim.micro_batches of at least 1, not {num_ranks} and '
@@ -90,3 +52,23 @@ def schedule_named(
     schedule = stock_schedule(name, num_ranks, num_micro_batches, per_rank)
     check(schedule)
     return schedule
+
+
+def _stages_per_rank(name: str, wanted: int) -> int:
+    """`wanted`, or for 0 what is usual for the schedule.
+
+    Raises:
+        ValueError: if there is no such schedule, or it does not allow this number.
+    """
+    if name not in SCHEDULES:
+        raise ValueError(f'plan.schedule = "{name}" is not a schedule; there are: {", ".join(SCHEDULES)}')
+    usual, others = (1, True) if name == SYNTHESISED else (KNOWN[name].stages, KNOWN[name].other_stages)
+    if wanted < 0:
+        raise ValueError(f"plan.stages_per_rank = {wanted} must be at least 1; leave it out for the schedule's own")
+    if wanted not in (0, usual) and not others:
+        hint = ', or plan.schedule = "interleaved" for more' if name == "1f1b" else ""
+        raise ValueError(
+            f'plan.schedule = "{name}" has exactly {usual} stage{"s" if usual > 1 else ""} a rank, not '
+            f"plan.stages_per_rank = {wanted}; leave that key out{hint}"
+        )
+    return wanted or usual

@@ -94,7 +94,8 @@ def evaluate(problem: Problem, orders: Orders) -> Run | None:
     num_ranks = problem.num_ranks
     inputs: Inputs = [[[math.inf] * problem.num for _ in range(problem.num_stages)] for _ in (F, I)]
     inputs[F][0] = [0.0] * problem.num
-    now, starts = [0.0] * num_ranks, [[] for _ in range(num_ranks)]  # type: list[float], list[list[float]]
+    now = [0.0] * num_ranks
+    starts: list[list[float]] = [[] for _ in range(num_ranks)]
     awake = deque(range(num_ranks))
     while awake:
         rank = awake.popleft()

@@ -64,11 +64,6 @@ def even_costs(
     )
 
 
-def hop_seconds(num_bytes: float, bytes_per_second: float, latency: float = 0.0) -> float:
-    """Of one transfer."""
-    return latency + num_bytes / bytes_per_second
-
-
 class Span(NamedTuple):
     """When an action that is no overlap was computed."""
 
@@ -90,13 +85,8 @@ class Simulation:
     """Of each rank, in order."""
 
     @property
-    def bubbles(self) -> tuple[float, ...]:
-        """Of each rank, the share of the time in which it did not compute."""
-        return tuple(1 - busy / self.makespan for busy in self.busy)
-
-    @property
     def bubble(self) -> float:
-        """Of all ranks together."""
+        """Of all ranks together, the share of the time in which they did not compute."""
         return 1 - sum(self.busy) / (self.makespan * len(self.busy))
 
 
@@ -123,7 +113,7 @@ class _Clock:
     def try_action(self, rank: int, action: Action) -> Iterator[int] | None:
         """Computes an action, and returns the ranks that it sends to; None if an input is not there yet."""
         start = self.now[rank]
-        for leaf in action.parts or (action,):
+        for leaf in action.leaves:
             if leaf.kind != "W":
                 there = self.inputs[leaf.kind][leaf.stage][leaf.micro_batch]
                 if there is None:
@@ -136,7 +126,7 @@ class _Clock:
             self.busy[rank] += end - start
         else:
             spans, end = [], start
-            for leaf in action.parts or (action,):
+            for leaf in action.leaves:
                 seconds = self.seconds[leaf.kind][leaf.stage]
                 spans.append(Span(leaf, end, end + seconds))
                 self.busy[rank] += seconds

@@ -9,6 +9,7 @@ that fits is made, and the surplus is left out.
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from armillary.parallel.schedule.actions import Action, Kind, Schedule, Shape, overlap, place_stages, without_padding
 
@@ -160,42 +161,38 @@ def _dualpipev(num_ranks: int, rank: int, num: int, stages: tuple[int, ...]) -> 
     return turns.order + list(turns.owed)
 
 
-Generator = Callable[[int, int, int, tuple[int, ...]], Order]
-GENERATORS: dict[str, Generator] = {
-    "gpipe": _gpipe,
-    "1f1b": _one_forward_one_backward,
-    "interleaved": _interleaved,
-    "zb1p": _zero_bubble,
-    "zbv": _zbv,
-    "dualpipev": _dualpipev,
+@dataclass(frozen=True)
+class Known:
+    """A known schedule, and the numbers that it has."""
+
+    order: Callable[[int, int, int, tuple[int, ...]], Order]
+    """Of the number of ranks, a rank, the number of micro-batches and the rank's stages."""
+    stages: int = 1
+    """Stages a rank where no number is given."""
+    other_stages: bool = True
+    """Whether there may be another number of them."""
+    shape: Shape = "loop"
+    made_for: Callable[[int, int], int] = lambda num_ranks, num: num
+    """For so many ranks and micro-batches: the number of micro-batches that an order is made for."""
+
+
+KNOWN = {
+    "gpipe": Known(_gpipe),
+    "1f1b": Known(_one_forward_one_backward, other_stages=False),
+    "interleaved": Known(_interleaved, stages=2, made_for=_whole_rounds),
+    "zb1p": Known(_zero_bubble, made_for=_whole_rounds),
+    "zbv": Known(_zbv, 2, False, "v", lambda num_ranks, num: max(num, 2 * num_ranks - 1)),
+    "dualpipev": Known(_dualpipev, 2, False, "v", lambda num_ranks, num: max(num, 2 * num_ranks)),
 }
-SYNTHESISED = "synthesised"
-"""The name of a schedule made to measure."""
-SHAPES: dict[str, Shape] = {"zbv": "v", "dualpipev": "v", SYNTHESISED: "v"}
-"""Of those whose stages do not loop. One made to measure is a V: turning round costs no hop, and the first and the last
-stage are on one rank, so that a matrix tied between embedding and head is there once."""
-DEFAULT_STAGES = {"interleaved": 2, "zbv": 2, "dualpipev": 2}
-"""Stages a rank where no number is given; 1 for the others."""
-ONLY_STAGES = {"1f1b": 1, "zbv": 2, "dualpipev": 2}
-"""Stages a rank of the schedules that know no other number."""
 
 
 def stock_schedule(name: str, num_ranks: int, num_micro_batches: int, stages_per_rank: int) -> Schedule:
-    """A known schedule.
-
-    Args:
-        name: a key of `GENERATORS`.
-        stages_per_rank: what `ONLY_STAGES` allows.
-    """
-    padded = {
-        "interleaved": _whole_rounds(num_ranks, num_micro_batches),
-        "zb1p": _whole_rounds(num_ranks, num_micro_batches),
-        "zbv": max(num_micro_batches, 2 * num_ranks - 1),
-        "dualpipev": max(num_micro_batches, 2 * num_ranks),
-    }.get(name, num_micro_batches)
-    stage_ranks = place_stages(num_ranks, stages_per_rank, SHAPES.get(name, "loop"))
+    """The schedule of `KNOWN` that has this name, for a number of stages that it allows."""
+    known = KNOWN[name]
+    num = known.made_for(num_ranks, num_micro_batches)
+    stage_ranks = place_stages(num_ranks, stages_per_rank, known.shape)
     orders = []
     for rank in range(num_ranks):
         stages = tuple(stage for stage, holder in enumerate(stage_ranks) if holder == rank)
-        orders.append(GENERATORS[name](num_ranks, rank, padded, stages))
+        orders.append(known.order(num_ranks, rank, num, stages))
     return Schedule(name, num_micro_batches, stage_ranks, without_padding(orders, num_micro_batches))

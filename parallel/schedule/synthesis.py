@@ -19,8 +19,10 @@ from armillary.parallel.schedule.check import check
 from armillary.parallel.schedule.greedy import I, Orders, Problem, W
 from armillary.parallel.schedule.search import improve, search_policies
 from armillary.parallel.schedule.simulator import Costs, Simulation, simulate
-from armillary.parallel.schedule.stock import GENERATORS, ONLY_STAGES, SHAPES, stock_schedule
+from armillary.parallel.schedule.stock import KNOWN, stock_schedule
 
+SYNTHESISED = "synthesised"
+"""The name of a schedule made to measure."""
 KINDS: tuple[Kind, Kind, Kind] = ("F", "I", "W")
 ENOUGH = 1 + 1e-9
 """A makespan of so much times the bound is the bound: there is nothing left to find."""
@@ -55,14 +57,13 @@ class Synthesis:
 def stock_of_cut(stage_ranks: Sequence[int], num_micro_batches: int) -> list[Schedule]:
     """The known schedules whose stages lie like this."""
     num_ranks = max(stage_ranks) + 1
-    per_rank, rest = divmod(len(stage_ranks), num_ranks)
-    found = []
-    for name in GENERATORS:
-        if rest == 0 and ONLY_STAGES.get(name, per_rank) == per_rank:
-            shape = SHAPES.get(name, "loop")
-            if place_stages(num_ranks, per_rank, shape) == tuple(stage_ranks):
-                found.append(stock_schedule(name, num_ranks, num_micro_batches, per_rank))
-    return found
+    per_rank = len(stage_ranks) // num_ranks
+    return [
+        stock_schedule(name, num_ranks, num_micro_batches, per_rank)
+        for name, known in KNOWN.items()
+        if (known.other_stages or known.stages == per_rank)
+        and place_stages(num_ranks, per_rank, known.shape) == tuple(stage_ranks)
+    ]
 
 
 def synthesise(
@@ -104,7 +105,7 @@ def synthesise(
     chosen, simulation = min(candidates, key=_preference)
     check(chosen)
     return Synthesis(
-        replace(chosen, name="synthesised"),
+        replace(chosen, name=SYNTHESISED),
         simulation,
         bound,
         {schedule.name: run for schedule, run in runs},
@@ -116,11 +117,6 @@ def _preference(pair: tuple[Schedule, Simulation]) -> tuple[float, float, int]:
     """The fastest; of those the one that holds the least; of those the one with the fewest actions."""
     schedule, run = pair
     return float(f"{run.makespan:.10g}"), max(run.peaks), sum(map(len, schedule.orders))
-
-
-def fastest_cut(made: Sequence[Synthesis]) -> int:
-    """Which of several cuts of one model, each with its costs, to use: the fastest, of equal ones the first."""
-    return min(range(len(made)), key=lambda i: (made[i].simulation.makespan, i))
 
 
 def _refuse_too_little_memory(stage_ranks: Sequence[int], costs: Costs, limits: Sequence[float]) -> None:
@@ -184,7 +180,7 @@ def _made(problem: Problem, orders: Orders) -> list[Schedule]:
 
     made = [[done for piece in order if (done := action(*piece)) is not None] for order in orders]
     return [
-        Schedule("synthesised", problem.num, problem.stage_ranks, tuple(map(tuple, of_ranks)))
+        Schedule(SYNTHESISED, problem.num, problem.stage_ranks, tuple(map(tuple, of_ranks)))
         for of_ranks in (made, [_joined(order) for order in made])
     ]
 

@@ -7,15 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch_schedules import run_dry, torch_actions, torch_order
 
-from armillary.parallel.schedule.by_name import SCHEDULES, Action, place_stages, schedule_named, shape_of
+from armillary.parallel.schedule.actions import Action, place_stages
+from armillary.parallel.schedule.by_name import SCHEDULES, schedule_named, shape_of
 from armillary.parallel.schedule.check import check
-from armillary.parallel.schedule.stock import GENERATORS, ONLY_STAGES
+from armillary.parallel.schedule.stock import KNOWN
 
 
 @st.composite
-def plans(draw, names=tuple(GENERATORS), most_ranks=8, most=20):
+def plans(draw, names=tuple(KNOWN), most_ranks=8, most=20):
     name = draw(st.sampled_from(names))
-    per_rank = ONLY_STAGES.get(name) or draw(st.integers(1, 4))
+    per_rank = draw(st.integers(1, 4)) if KNOWN[name].other_stages else KNOWN[name].stages
     return name, draw(st.integers(1, most_ranks)), draw(st.integers(1, most)), per_rank
 
 

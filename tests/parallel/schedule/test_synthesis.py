@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch_schedules import run_dry
 
+from armillary.parallel.schedule.actions import place_stages
 from armillary.parallel.schedule.bound import lower_bound
-from armillary.parallel.schedule.by_name import place_stages
 from armillary.parallel.schedule.check import check
 from armillary.parallel.schedule.greedy import Policy, Problem, dispatch
 from armillary.parallel.schedule.search import evaluate, improve
 from armillary.parallel.schedule.simulator import Costs, even_costs, simulate
-from armillary.parallel.schedule.synthesis import fastest_cut, stock_of_cut, synthesise
+from armillary.parallel.schedule.synthesis import stock_of_cut, synthesise
 
 SLACK = 1 + 1e-9
 
@@ -140,12 +140,6 @@ def test_the_bound_of_small_cases():
     assert lower_bound((0, 1), 4, Costs((1.0, 3.0), (1.0, 3.0), (4.0, 0.0))) == 1 + 4 * 6 + 1 + 4
     # Memory for two forwards: rank 0 has its first backward after 2 p - 1 forwards and backwards.
     assert lower_bound(place_stages(4, 1), 8, even_costs(4), [2.0] * 4) == 7 + 24 - 2
-
-
-def test_the_fastest_of_several_cuts():
-    made = [synthesise(place_stages(4, v), 4, even_costs(4 * v, *[1 / v] * 3), effort=20) for v in (1, 2)]
-    assert fastest_cut(made) == 1
-    assert fastest_cut(made[::-1]) == 0
 
 
 def test_too_little_memory_is_refused():
