@@ -16,9 +16,17 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from armillary.launch import matrix_ranks
+
 TIMEOUT_SECONDS = 120
-PRELOADED = ["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo", "numpy"]
-PRELOADED += ["torch.distributed.pipelining.schedules", "armillary.train.build", "pytest", "hypothesis"]
+PRELOADED = [
+    *matrix_ranks.PRELOADED,
+    "armillary.train.trainer",
+    "torch.distributed.pipelining.schedules",
+    "hypothesis",
+    "pytest",
+]
+"""A process has one server, whoever starts it: the matrix's ranks are forked from it too."""
 
 
 class RankFailure(AssertionError):
