@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from armillary.launch.ranks import start_ranks
+from armillary.launch.ranks import run_ranks
 from armillary.train.config import check_vocabulary, dump_config, load_config
 from armillary.train.data.dataset import prepare
-from armillary.train.failure import RunStopped
 from armillary.train.files import write_aside
 
 
@@ -31,9 +30,7 @@ def prove(
     check_vocabulary(config, dataset.vocab_size)
     with tempfile.TemporaryDirectory(prefix="armillary-parity-") as folder:
         write_aside(Path(folder, "config.toml"), dump_config(config).encode())
-        failure = start_ranks(config.plan.num_ranks, "armillary.train.proof.parity", [folder, str(steps)], debug)
-        if failure is not None:
-            raise RuntimeError(failure.traceback) if failure.bug else RunStopped(failure.message)
+        run_ranks(config.plan.num_ranks, "armillary.train.proof.parity", [folder, str(steps)], debug)
         from safetensors.torch import load_file
 
         from armillary.train.proof.parity import TOLERANCE, compare, trace_one_process

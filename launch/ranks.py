@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from armillary.train.failure import ERRORS_FOLDER, FAILED, Failure
+from armillary.train.failure import ERRORS_FOLDER, FAILED, Failure, RunStopped
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -55,6 +55,18 @@ def start_ranks(num_ranks: int, module: str, arguments: Sequence[str], debug: bo
         finally:
             del os.environ[ERRORS_FOLDER]
     return None
+
+
+def run_ranks(num_ranks: int, module: str, arguments: Sequence[str], debug: bool = False) -> None:
+    """`start_ranks`, whose failure is raised.
+
+    Raises:
+        RunStopped: if a rank told in a sentence why it failed.
+        RuntimeError: with the rank's traceback, if it is a mistake of ours.
+    """
+    failure = start_ranks(num_ranks, module, arguments, debug)
+    if failure is not None:
+        raise RuntimeError(failure.traceback) if failure.bug else RunStopped(failure.message)
 
 
 def _root_cause(failures: Mapping[int, "ProcessFailure"], errors: Path) -> Failure:

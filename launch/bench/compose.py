@@ -4,19 +4,16 @@ Both sides are whole training steps on the same ranks, weights and batches, in f
 losses and gradient norms against each other, so that what is timed is the same work.
 """
 
-import json
 import os
 import statistics
-import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from armillary.launch.bench.by_name import Row, print_table, with_facts
-from armillary.launch.bench.compose_cases import PLANS, SIZES, Case, cases, growth_cases, num_ranks
-from armillary.launch.ranks import start_ranks
-from armillary.train.failure import RunStopped
+from armillary.launch.bench.compose_cases import PLANS, SIZES, Case, Work, cases, growth_cases, num_ranks
+from armillary.launch.bench.on_ranks import figures_of
 
 RANK = "armillary.launch.bench.compose_rank"
 
@@ -56,13 +53,14 @@ def run(chosen: list[Case], repetitions: int) -> list[Row]:
     """The rows of cases, whose ranks are started once for each number of them."""
     rows: list[Row] = []
     for ranks, group in groupby(sorted(chosen, key=num_ranks), key=num_ranks):
-        several = list(group)
-        for case, figures in zip(several, _figures(several, ranks, repetitions), strict=True):
+        work = Work(tuple(group), repetitions)
+        by_rank, _ = figures_of(RANK, ranks, work)
+        for case, figures in zip(work.cases, zip(*by_rank, strict=True), strict=True):
             rows += rows_of(case, figures)
     return rows
 
 
-def rows_of(case: Case, figures: list[dict[str, Any]]) -> list[Row]:
+def rows_of(case: Case, figures: Sequence[dict[str, Any]]) -> list[Row]:
     """A row for each side. `seconds`: median of the turns, for one step. `ratio`: by hand over ours, above 1 where ours
     is faster. `processor_seconds`: what all ranks together computed, which other work on the machine stretches less.
     `bytes`: what all ranks together send in a step of ours, by the ledger; 0 for the other, which has none.
@@ -105,7 +103,7 @@ def rows_of(case: Case, figures: list[dict[str, Any]]) -> list[Row]:
     ]
 
 
-def _of(figures: list[dict[str, Any]], what: str, side: str) -> list[list[float]]:
+def _of(figures: Sequence[dict[str, Any]], what: str, side: str) -> list[list[float]]:
     return [rank[what][side] for rank in figures]
 
 
@@ -126,17 +124,3 @@ def _print(rows: list[Row]) -> None:
         for row in rows
     ]
     print_table([head, *lines])
-
-
-def _figures(several: list[Case], ranks: int, repetitions: int) -> list[list[dict[str, Any]]]:
-    """Of each case the figures of each rank."""
-    # Here, since it loads torch.
-    from armillary.launch.bench.compose_rank import write_cases
-
-    with tempfile.TemporaryDirectory(prefix="armillary-compose-") as folder:
-        write_cases(Path(folder, "cases.json"), several, repetitions)
-        failure = start_ranks(ranks, RANK, [folder])
-        if failure is not None:
-            raise RuntimeError(failure.traceback) if failure.bug else RunStopped(failure.message)
-        files = [json.loads(Path(folder, f"figures-{rank}.json").read_text()) for rank in range(ranks)]
-    return [list(figures) for figures in zip(*files, strict=True)]

@@ -76,6 +76,14 @@ class Case:
         )
 
 
+@dataclass(frozen=True)
+class Work:
+    """What the ranks measure: cases that are all for as many ranks, and how often each side takes its turn."""
+
+    cases: tuple[Case, ...]
+    repetitions: int
+
+
 def plan_fields(text: str) -> dict[str, Any]:
     """The fields of a plan as `--plan` has them: "pp=2,schedule=zbv"."""
     pairs = [part.split("=") for part in text.split(",") if part]

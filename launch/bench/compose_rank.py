@@ -1,23 +1,20 @@
 """What each rank of `armillary bench compose` runs: case after case, ours and the one by hand in turns."""
 
-import json
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from armillary.launch.bench.compose_cases import Case, Size, batches_of, tokens_of_step
+from armillary.launch.bench.compose_cases import Case, Work, batches_of, tokens_of_step
+from armillary.launch.bench.on_ranks import serve
 from armillary.parallel.mesh import Ranks, joined_ranks, make_ranks
 from armillary.parallel.plan import Plan
 from armillary.train.build import build_engine
-from armillary.train.failure import guarded, leave
 
 Step = Callable[[int], tuple[float, float]]
 """The step of this number: loss of all ranks, and the gradient's norm."""
@@ -110,25 +107,11 @@ def compare(name: str, ours: list[tuple[float, float]], theirs: list[tuple[float
     return losses
 
 
-def write_cases(path: Path, cases: list[Case], repetitions: int) -> None:
-    path.write_text(json.dumps({"cases": [asdict(case) for case in cases], "repetitions": repetitions}))
-
-
-def read_cases(path: Path) -> tuple[list[Case], int]:
-    """What `write_cases` has left."""
-    told = json.loads(path.read_text())
-    return [Case(**{**case, "size": Size(**case["size"])}) for case in told["cases"]], told["repetitions"]
-
-
-def main(folder: Path) -> None:
-    """Reads `cases.json` there, all for as many ranks, and leaves `figures-RANK.json`."""
-    torch.set_num_threads(1)
-    cases, repetitions = read_cases(folder / "cases.json")
-    plan = Plan(dp=int(os.environ["WORLD_SIZE"]))
-    with joined_ranks(plan, torch.device("cpu")) as ranks:
-        figures = [measure(case, repetitions) for case in cases]
-        (folder / f"figures-{ranks.rank}.json").write_text(json.dumps(figures))
+def figures(work: Work) -> list[dict[str, Any]]:
+    """Of this rank, for each case."""
+    with joined_ranks(Plan(dp=int(os.environ["WORLD_SIZE"])), torch.device("cpu")):
+        return [measure(case, work.repetitions) for case in work.cases]
 
 
 if __name__ == "__main__":
-    leave(guarded(lambda: main(Path(sys.argv[1])), "--debug" in sys.argv))
+    serve(figures, Work)

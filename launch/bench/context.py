@@ -1,21 +1,16 @@
 """`armillary bench context`: strategies of context parallelism side by side, on this machine's cores or in a lab."""
 
-import json
 import os
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from armillary.launch.bench.by_name import with_facts
-from armillary.launch.bench.context_rank import DTYPE, Work, write_work
+from armillary.launch.bench.context_rank import DTYPE, Work
 from armillary.launch.bench.context_rows import PLAIN, print_rows, rows_of
+from armillary.launch.bench.on_ranks import figures_of
 from armillary.launch.lab.permission import why_not
-from armillary.launch.lab.run import run_in_lab
-from armillary.launch.lab.spec import TOPOLOGIES, LabSpec, read_spec
-from armillary.launch.ranks import start_ranks
+from armillary.launch.lab.spec import TOPOLOGIES, read_spec
 from armillary.parallel.context.core import STRATEGIES
-from armillary.train.failure import RunStopped
 
 RANK = "armillary.launch.bench.context_rank"
 
@@ -52,7 +47,7 @@ def measure(
         strategies: names; empty for all. all_gather is always among them.
         ranks: processes on this machine, without a lab.
         lab: topology of a lab with one rank a host; empty for none.
-        hosts, rate, cpus: of the lab, see `lab_spec.read_spec`.
+        hosts, rate, cpus: of the lab, see `lab/spec.py's `read_spec``.
 
     Raises:
         ValueError: for options that do not go together, or where a lab is not permitted.
@@ -74,7 +69,7 @@ def measure(
         raise ValueError(why)
     # Before the run, so that the commit is the one that runs.
     run_facts, load = with_facts("context", [], repetitions), os.getloadavg()
-    figures, facts = _run(work, spec)
+    figures, facts = figures_of(RANK, num_ranks, work, spec)
     rows = rows_of(work, figures)
     print_rows(work, rows)
     loads = {"before": load, "after": os.getloadavg()}
@@ -122,20 +117,3 @@ def _read_strategies(text: str) -> tuple[str, ...]:
         if name not in STRATEGIES:
             raise ValueError(f"--strategies {name}: there is no such strategy; there are {', '.join(STRATEGIES)}")
     return tuple(dict.fromkeys([*names, PLAIN]))
-
-
-def _run(work: Work, spec: LabSpec | None) -> tuple[list[Any], Any]:
-    """The figures of each rank, and what the lab's hosts and links did."""
-    facts = None
-    with tempfile.TemporaryDirectory(prefix="armillary-context-") as folder:
-        write_work(Path(folder, "work.json"), work)
-        if spec:
-            facts = run_in_lab(spec, ["-m", RANK, folder])
-            if facts["exit_code"]:
-                raise RunStopped(f"bench context: a rank ended with exit code {facts['exit_code']}; see above")
-        else:
-            failure = start_ranks(work.num_ranks, RANK, [folder])
-            if failure is not None:
-                raise RuntimeError(failure.traceback) if failure.bug else RunStopped(failure.message)
-        files = [Path(folder, f"figures-{rank}.json") for rank in range(work.num_ranks)]
-        return [json.loads(file.read_text()) for file in files], facts

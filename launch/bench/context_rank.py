@@ -7,14 +7,12 @@
 What `together` takes longer than `tiles` is exposed communication; `wire` is what there is to hide.
 """
 
-import json
 import math
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,13 +24,13 @@ from torch import Tensor
 from armillary.comm.ledger import Ledger
 from armillary.kernels.attention.call import CAUSAL, row_dots
 from armillary.launch.bench.context_ways import Tiles, Watched, repeat
+from armillary.launch.bench.on_ranks import serve
 from armillary.parallel.context.bytes import bytes_sent
 from armillary.parallel.context.call import Call, Heads
 from armillary.parallel.context.core import smallest_divisor, strategy_of
 from armillary.parallel.context.layout import lay_out
 from armillary.parallel.mesh import joined_ranks
 from armillary.parallel.plan import Plan
-from armillary.train.failure import guarded, leave
 from armillary.train.resolve import slowest_link
 
 PASSES = ("forward", "backward")
@@ -155,26 +153,12 @@ def torchs_own(work: Work, group: dist.ProcessGroup) -> list[str]:
     return found
 
 
-def read_work(path: Path) -> Work:
-    """The work as `write_work` left it."""
-    fields = json.loads(path.read_text())
-    pairs = tuple((heads, kv_heads) for heads, kv_heads in fields.pop("heads"))
-    return Work(heads=pairs, strategies=tuple(fields.pop("strategies")), **fields)
-
-
-def write_work(path: Path, work: Work) -> None:
-    path.write_text(json.dumps(asdict(work)))
-
-
-def main(folder: Path) -> None:
-    """Reads `work.json` there, and leaves `figures-RANK.json`."""
-    work = read_work(folder / "work.json")
+def figures(work: Work) -> dict[str, Any]:
+    """Of this rank, with the link between the ranks, and why torch's own does not run."""
     with joined_ranks(Plan(cp=work.num_ranks), torch.device("cpu")) as ranks:
-        link = slowest_link(ranks, ranks.context)
-        figures = {**measure(work, ranks.context), "link": asdict(link)}
-        figures["torch"] = torchs_own(work, ranks.context)
-        (folder / f"figures-{ranks.rank}.json").write_text(json.dumps(figures))
+        link = asdict(slowest_link(ranks, ranks.context))
+        return {**measure(work, ranks.context), "link": link, "torch": torchs_own(work, ranks.context)}
 
 
 if __name__ == "__main__":
-    leave(guarded(lambda: main(Path(sys.argv[1])), "--debug" in sys.argv))
+    serve(figures, Work)

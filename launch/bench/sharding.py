@@ -1,18 +1,24 @@
 """`armillary bench sharding`: our sharded data parallelism beside DeepSpeed's ZeRO-3 and bare FSDP2, on real ranks."""
 
-import json
 import os
 import statistics
-import tempfile
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from armillary.launch.bench.by_name import Row, print_table, with_facts
-from armillary.launch.ranks import start_ranks
-from armillary.train.failure import RunStopped
+from armillary.launch.bench.on_ranks import figures_of
 
 RANK = "armillary.launch.bench.sharding_rank"
 OURS = "armillary"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the ranks measure: rounds, after one of warm-up, of so many steps of each contender."""
+
+    repetitions: int
+    precision: str
+    steps: int
 
 
 def measure(repetitions: int, ranks: str = "2,4", precision: str = "float32", steps: int = 3) -> dict[str, Any]:
@@ -35,7 +41,11 @@ def measure(repetitions: int, ranks: str = "2,4", precision: str = "float32", st
         raise ValueError(f'--ranks {ranks}: write numbers of processes, 2 or more: "2,4"')
     # Before the run, so that the commit is the one that runs.
     run_facts, load = with_facts("sharding", [], repetitions), os.getloadavg()
-    rows = [row for number in numbers for row in rows_of(number, _run(number, repetitions, precision, steps))]
+    rows = [
+        row
+        for number in numbers
+        for row in rows_of(number, figures_of(RANK, number, Work(repetitions, precision, steps))[0])
+    ]
     print_table(
         [["ranks", "", "ms a step", "ours is", "MB sent a step", "loss"]]
         + [
@@ -71,14 +81,3 @@ def rows_of(ranks: int, figures: list[dict[str, Any]]) -> list[Row]:
         }
         for name, median in medians.items()
     ]
-
-
-def _run(ranks: int, repetitions: int, precision: str, steps: int) -> list[dict[str, Any]]:
-    """The figures of each rank."""
-    with tempfile.TemporaryDirectory(prefix="armillary-sharding-") as folder:
-        work = {"ranks": ranks, "repetitions": repetitions, "precision": precision, "steps": steps}
-        Path(folder, "work.json").write_text(json.dumps(work))
-        failure = start_ranks(ranks, RANK, [folder])
-        if failure is not None:
-            raise RuntimeError(failure.traceback) if failure.bug else RunStopped(failure.message)
-        return [json.loads(Path(folder, f"figures-{rank}.json").read_text()) for rank in range(ranks)]

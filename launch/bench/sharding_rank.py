@@ -1,11 +1,9 @@
 """One rank of `armillary bench sharding`: the contenders take turns on the same model, batches and ranks."""
 
-import json
-import sys
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,14 +14,14 @@ from torch import Tensor, nn
 from armillary.comm.collectives import all_reduce
 from armillary.comm.ledger import Ledger
 from armillary.kernels.attention.places import Places
-from armillary.launch.bench.sharding import OURS
+from armillary.launch.bench.on_ranks import serve
+from armillary.launch.bench.sharding import OURS, Work
 from armillary.parallel.mesh import Ranks, joined_ranks
 from armillary.parallel.plan import Partition, Plan
 from armillary.parallel.zero import ZeroConfig
 from armillary.train.build import COMPUTE, build_engine
 from armillary.train.config import RunConfig
 from armillary.train.data.dataset import Batch
-from armillary.train.failure import guarded, leave
 from armillary.train.model.shape import ModelConfig
 from armillary.train.model.transformer import Transformer, initialise
 from armillary.train.optim.optimizers import optimizers_of
@@ -133,9 +131,14 @@ def _mean(loss: Tensor, ranks: Ranks) -> float:
     return loss.item() / ranks.num_ranks
 
 
-def measure(work: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
-    """This rank's figures: `seconds` a step by contender, one a round; `bytes` a step sends; `losses`, the last."""
-    optim = OptimConfig(precision=work["precision"], steps=10**6, learning_rate=1e-3)
+def figures(work: Work) -> dict[str, Any]:
+    """Of this rank: `seconds` a step by contender, one a round; `bytes` a step sends; `losses`, the last."""
+    with joined_ranks(Plan(dp=int(os.environ["WORLD_SIZE"])), torch.device("cpu")) as ranks:
+        return measure(work, ranks)
+
+
+def measure(work: Work, ranks: Ranks) -> dict[str, Any]:
+    optim = OptimConfig(precision=work.precision, steps=10**6, learning_rate=1e-3)  # type: ignore[arg-type]
     config = RunConfig(model=MODEL, optim=optim, plan=Plan(dp=ranks.num_ranks))
     zero = replace(config, zero=ZeroConfig(engine="deepspeed"))
     kept = replace(config, partition=Partition(weights="rank"))
@@ -149,29 +152,20 @@ def measure(work: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     names = list(contenders)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     sent, losses = dict.fromkeys(names, 0), dict.fromkeys(names, 0.0)
-    for repetition in range(work["repetitions"] + 1):
+    for repetition in range(work.repetitions + 1):
         start = repetition % len(names)
         for name in names[start:] + names[:start]:
             ranks.ledger.clear()
             dist.barrier()
             began = time.perf_counter()
-            for _ in range(work["steps"]):
+            for _ in range(work.steps):
                 losses[name] = contenders[name]()
-            taken = (time.perf_counter() - began) / work["steps"]
-            sent[name] = ranks.ledger.bytes() // work["steps"]
+            taken = (time.perf_counter() - began) / work.steps
+            sent[name] = ranks.ledger.bytes() // work.steps
             if repetition > 0:
                 seconds[name].append(taken)
     return {"seconds": seconds, "bytes": sent, "losses": losses}
 
 
-def main(folder: Path) -> None:
-    """Reads `work.json` there, and leaves `figures-RANK.json`."""
-    work = json.loads((folder / "work.json").read_text())
-    torch.set_num_threads(1)
-    with joined_ranks(Plan(dp=work["ranks"]), torch.device("cpu")) as ranks:
-        figures = measure(work, ranks)
-        (folder / f"figures-{ranks.rank}.json").write_text(json.dumps(figures))
-
-
 if __name__ == "__main__":
-    leave(guarded(lambda: main(Path(sys.argv[1])), "--debug" in sys.argv))
+    serve(figures, Work)

@@ -17,7 +17,7 @@ from armillary.launch.bench.compose_cases import (
     num_ranks,
     tokens_of_step,
 )
-from armillary.launch.bench.compose_rank import AGREEMENT, compare, read_cases, write_cases
+from armillary.launch.bench.compose_rank import AGREEMENT, compare
 
 CASE = cases("small", ["FSDP x TP"])[0]
 
@@ -93,8 +93,3 @@ def test_every_case_is_a_sound_config(case):
     assert config.plan.num_ranks == num_ranks(case) <= 8
     assert config.plan.cp == 1 or config.plan.context != "auto"  # nothing here measures the links
     assert case.size.batch % (config.plan.dp * config.optim.micro_batches) == 0
-
-
-def test_cases_there_and_back(tmp_path):
-    write_cases(tmp_path / "cases.json", growth_cases(), 7)
-    assert read_cases(tmp_path / "cases.json") == (growth_cases(), 7)
