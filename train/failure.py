@@ -1,7 +1,6 @@
 """How a failing rank tells why: one sentence for the person, the traceback for --debug. Imports no torch."""
 
 import errno
-import json
 import os
 import re
 import sys
@@ -11,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
+
+from armillary.train.files import write_json
 
 ERRORS_FOLDER = "ARMILLARY_ERRORS"
 """Environment variable: the folder in which ranks leave their failures for the process that started them."""
@@ -96,10 +97,7 @@ def guarded(main: Callable[[], None], debug: bool) -> int:
         return 130
     except Exception as error:
         failure = describe(error, rank)
-        folder = os.environ.get(ERRORS_FOLDER)
-        if folder:
-            Path(folder, f"rank-{rank}.json").write_text(json.dumps(asdict(failure)))
-        else:
+        if not _left_for_launcher(failure):
             if failure.follows or (rank != 0 and not failure.bug):
                 # All ranks refuse the same input, and those that lost a neighbour only follow it. The first to leave
                 # makes torchrun end the others, so that the right one speaks, once; what only this rank found it says
@@ -108,3 +106,15 @@ def guarded(main: Callable[[], None], debug: bool) -> int:
             show(failure, debug)
         return failure.exit_code
     return 0
+
+
+def _left_for_launcher(failure: Failure) -> bool:
+    """Whether whoever started the ranks can read this failure and will tell it."""
+    folder = os.environ.get(ERRORS_FOLDER)
+    if not folder:
+        return False
+    try:
+        write_json(Path(folder, f"rank-{failure.rank}.json"), asdict(failure))
+    except OSError:  # the failure may be that the disk is full
+        return False
+    return True

@@ -11,6 +11,7 @@ from pathlib import Path
 
 BF16, FP16, FP32 = "bfloat16", "float16", "float32"
 TERA = 1e12
+MEASURED_SECONDS = 0.1
 
 
 def _tensor(half: float, single: float | None = None) -> dict[str, float]:
@@ -64,7 +65,7 @@ def peak_flops(
 ) -> tuple[float | None, str]:
     """Floating-point operations per second that one device could do at best, and where the figure comes from.
 
-    `dtype` is that of the matrix products, a torch dtype or its name. A CPU is measured here and now, within about a
+    `dtype` is that of the matrix products, a torch dtype or its name. A CPU is measured here and now, in less than a
     second: all ranks call, and `meet` waits for all of them before the clock starts, so that each measures its share of
     the machine. Of a GPU that the table does not know (or a MIG slice of one) the figure is None: then MFU is left out
     rather than guessed.
@@ -81,12 +82,11 @@ def peak_flops(
     return peaks[name] * TERA, f"published dense {name} peak of {device_name}"
 
 
-def measured_cpu_flops(dtype: str, meet: Callable[[], object] = lambda: None, seconds: float = 0.25) -> float:
-    """Rate of square matrix products in `dtype` with the threads that torch has now, averaged over `seconds`.
+def measured_cpu_flops(dtype: str, meet: Callable[[], object] = lambda: None) -> float:
+    """Rate of square matrix products in `dtype` with the threads that torch has now, averaged over MEASURED_SECONDS.
 
-    `meet` is called once the matrices are ready.
-
-    The mean and not the best, so that what other ranks take away at the same time counts.
+    The mean and not the best, so that what other ranks take away at the same time counts; `meet` is called once the
+    matrices are ready.
     """
     import torch
 
@@ -106,7 +106,7 @@ def measured_cpu_flops(dtype: str, meet: Callable[[], object] = lambda: None, se
     left, right, out = matrices(size)
     meet()
     products, start = 0, time.perf_counter()
-    while products == 0 or time.perf_counter() - start < seconds:
+    while products == 0 or time.perf_counter() - start < MEASURED_SECONDS:
         torch.mm(left, right, out=out)
         products += 1
     return products * 2 * size**3 / (time.perf_counter() - start)

@@ -40,6 +40,9 @@ class RunFolder:
     def load_config(self) -> RunConfig:
         return load_config(self.config)
 
+    def save_config(self, config: RunConfig) -> None:
+        write_aside(self.config, dump_config(config).encode())
+
 
 def create_run(
     config: RunConfig,
@@ -71,7 +74,7 @@ def create_run(
     with tempfile.TemporaryDirectory(prefix=".new-", dir=ROOT, ignore_cleanup_errors=True) as made:
         aside = RunFolder(Path(made) / "run")
         aside.path.mkdir()
-        write_aside(aside.config, dump_config(config).encode())
+        aside.save_config(config)
         write_json(aside.path / "run.json", machine_facts())
         tokenizer.save(aside.path)
         fill(aside)

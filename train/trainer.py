@@ -17,10 +17,9 @@ from armillary.train.checkpoint.restore import (
     weights_are_finite,
 )
 from armillary.train.checkpoint.save import Checkpointer
-from armillary.train.config import RunConfig, dump_config
+from armillary.train.config import RunConfig
 from armillary.train.data.dataset import Batch, Dataset, held_out_batches, micro_batches
 from armillary.train.failure import RunStopped
-from armillary.train.files import write_aside
 from armillary.train.guard import Guard, Verdict
 from armillary.train.initial_weights import take_weights
 from armillary.train.model.shape import num_parameters
@@ -86,7 +85,7 @@ class Trainer:
             take_weights(self.config.model, self.held, self.observer.note)
         if self.ranks.rank == 0:
             # What a resume changed, the next one needs not be told again.
-            write_aside(self.folder.config, dump_config(self.config).encode())
+            self.folder.save_config(self.config)
         size = f"{num_parameters(self.config.model):,} parameters"
         where = f"{self.ranks.num_ranks} ranks ({self.ranks.device.type})"
         start = f"resumed at step {self.progress.step} on {where}" if facts else f"{size} on {where}"
