@@ -89,7 +89,7 @@ def name_of(config: dict[str, Any]) -> str:
 
 def _launches(kernel: str, case: Case, setting: Setting) -> Callable[[Any], Any]:
     """Of a configuration: one launch of the kernel."""
-    from armillary.kernels.attention import flash_triton as attention_triton
+    from armillary.kernels.attention import flash_triton
 
     q, k, v, d_out = (
         torch.randn(case.batch, case.seq, case.heads, case.head_dim, dtype=setting.narrow, device=setting.device)
@@ -98,13 +98,13 @@ def _launches(kernel: str, case: Case, setting: Setting) -> Callable[[Any], Any]
     tile = case.tile()
     out, lse = front.forward(q, k, v, tile, implementation="triton")
     if kernel == "forward":
-        return lambda config: attention_triton.forward(q, k, v, tile, out, lse, False, config)
+        return lambda config: flash_triton.forward(q, k, v, tile, out, lse, False, config)
     delta = front.row_dots(out, d_out, lse)
     buffers = [torch.empty_like(tensor) for tensor in (q, k, v)]
 
     def backward(config: Any) -> None:
         nothing = (False, False, False)
-        attention_triton.backward(
+        flash_triton.backward(
             d_out, q, k, v, lse, delta, tile, buffers, nothing, configs=(config, config)  # type: ignore[arg-type]
         )  # fmt: skip
 
@@ -125,10 +125,10 @@ class _Nothing:
 @contextmanager
 def _alone(kernel: str) -> Iterator[None]:
     """Of the two kernels of the backward pass, the other one is not launched."""
-    from armillary.kernels.attention import flash_triton as attention_triton
+    from armillary.kernels.attention import flash_triton
 
     others = {"query_gradient": "key_gradient_kernel", "key_gradient": "query_gradient_kernel"}
     with ExitStack() as stack:
         if kernel in others:
-            stack.enter_context(mock.patch.object(attention_triton, others[kernel], _Nothing()))
+            stack.enter_context(mock.patch.object(flash_triton, others[kernel], _Nothing()))
         yield

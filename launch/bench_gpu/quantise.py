@@ -18,7 +18,7 @@ PAYLOADS = 8
 
 def quantise_rows(setting: Setting, copy: float) -> list[Row]:
     """quantise, accumulate and requantise in each format; seeded, as the trainer does."""
-    from armillary.launch.bench_gpu.layer import row_of
+    from armillary.launch.bench_gpu.layers import row_of
 
     size = 1 << 26 if not setting.dry else 1000
     x = torch.randn(size, device=setting.device)

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-Row = dict[str, Any]
+from armillary.launch.bench.by_name import Row
+
 BROKEN = 70
 """Exit code of a process that lost its card."""
 Job = tuple[str, Callable[[], list[Row]]]
@@ -29,8 +30,7 @@ class Section:
     """One of the parts that are asked for by name."""
 
     name: str
-    module: str
-    """Has `jobs(setting) -> list[Job]`."""
+    """As it is asked for; its module has the same name and `jobs(setting) -> list[Job]`."""
     seconds: float
     """Most that it may take."""
     parts: int = 1
@@ -38,15 +38,19 @@ class Section:
     prepared: bool = False
     """Whether many processes compile its kernels before they are timed."""
 
+    @property
+    def module(self) -> str:
+        return self.name.replace(" ", "_")
+
 
 SECTIONS = (
-    Section("device", "gpu_facts", 40),
-    Section("correctness", "gpu_correctness", 150, parts=6),
-    Section("layer correctness", "gpu_layer_correctness", 90, parts=2),
-    Section("attention", "gpu_attention", 130, prepared=True),
-    Section("layers", "gpu_layer", 80, prepared=True),
-    Section("candidates", "gpu_candidates", 70, prepared=True),
-    Section("profile", "gpu_profile", 50),
+    Section("device", 40),
+    Section("correctness", 150, parts=6),
+    Section("layer correctness", 90, parts=2),
+    Section("attention", 130, prepared=True),
+    Section("layers", 80, prepared=True),
+    Section("candidates", 70, prepared=True),
+    Section("profile", 50),
 )
 
 
@@ -71,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     number = 0
     with open(options.out, "a") as file:
         for section in (section for section in SECTIONS if section.name in options.section):
-            jobs = importlib.import_module(f"armillary.launch.{section.module}").jobs(setting)[share::parts]
+            jobs = importlib.import_module(f"armillary.launch.bench_gpu.{section.module}").jobs(setting)[share::parts]
             if section.parts == 1:
                 warm_up(setting)
             for name, job in jobs:

@@ -14,15 +14,8 @@ import torch
 
 from armillary.kernels.attention.configs import KERNELS, block_config
 from armillary.kernels.attention.mask import Mask
-from armillary.launch.bench_gpu import attention as gpu_attention
-from armillary.launch.bench_gpu import candidates as gpu_candidates
-from armillary.launch.bench_gpu import compare as gpu_compare
-from armillary.launch.bench_gpu import layer as gpu_layer
-from armillary.launch.bench_gpu import processes as gpu_processes
+from armillary.launch.bench_gpu import attention, candidates, compare, layers, processes, sections, shards, timing
 from armillary.launch.bench_gpu import run as bench_gpu
-from armillary.launch.bench_gpu import sections as gpu_sections
-from armillary.launch.bench_gpu import shards as gpu_shards
-from armillary.launch.bench_gpu import timing as gpu_timing
 from armillary.launch.bench_gpu.attention import cases, document_lengths
 from armillary.launch.bench_gpu.sections import SECTIONS, Section, complete, finite, run_job
 from armillary.launch.bench_gpu.targets import LENGTH, TARGETS
@@ -72,9 +65,9 @@ def test_a_dry_run_goes_every_way(bare: Path) -> None:
     assert all(any(row["section"] == section.name for row in rows) for section in SECTIONS)
     assert {row["kernel"] for row in rows if row["section"] == "candidates"} == set(KERNELS)
     assert result["notes"]["flop"].startswith("as in the FlashAttention papers: 4 *")
-    attention = [row for row in rows if row["section"] == "attention"]
-    assert all({"flash", "flex"} <= row["peers"].keys() for row in attention)
-    assert all(row["bytes"] > 0 and row["tflops"] > 0 for row in attention)
+    timed = [row for row in rows if row["section"] == "attention"]
+    assert all({"flash", "flex"} <= row["peers"].keys() for row in timed)
+    assert all(row["bytes"] > 0 and row["tflops"] > 0 for row in timed)
     assert not (bare / "docs").exists()
     assert done.stdout.count("FAILED") == 0
 
@@ -98,14 +91,14 @@ def test_an_unknown_section_is_refused() -> None:
 
 def run_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, program: str, seconds: float = 60) -> bench_gpu.Run:
     """One section whose process is `program`; OUT is the file of its rows, FIRST the jobs that are done."""
-    monkeypatch.setattr(gpu_processes, "GRACE", 0.0)
+    monkeypatch.setattr(processes, "GRACE", 0.0)
 
-    def command(self: gpu_processes.Process, left: float) -> list[str]:
+    def command(self: processes.Process, left: float) -> list[str]:
         return [sys.executable, "-c", program.replace("OUT", repr(str(self.out))).replace("FIRST", str(self.first))]
 
-    monkeypatch.setattr(gpu_processes.Process, "command", command)
+    monkeypatch.setattr(processes.Process, "command", command)
     run = bench_gpu.Run(False, 1, lambda run: write_aside(tmp_path / "x.json", str(len(run.rows)).encode()), tmp_path)
-    bench_gpu._run(run, [Section("device", "gpu_facts", seconds)], seconds=seconds)
+    bench_gpu._run(run, [Section("device", seconds)], seconds=seconds)
     return run
 
 
@@ -128,9 +121,9 @@ def test_after_a_process_that_dies_another_goes_on(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_process_that_cannot_begin_is_not_begun_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    run = run_with(monkeypatch, tmp_path, f"open(OUT + '.began', 'a').write('x'); exit({gpu_sections.BROKEN})")
+    run = run_with(monkeypatch, tmp_path, f"open(OUT + '.began', 'a').write('x'); exit({sections.BROKEN})")
     assert [row["name"] for row in run.rows] == ["its start"]
-    assert (tmp_path / "gpu_facts-0.began").read_text() == "x"
+    assert (tmp_path / "device-0.began").read_text() == "x"
 
 
 def test_a_process_that_never_ends_is_ended_with_what_it_started(
@@ -142,7 +135,7 @@ def test_a_process_that_never_ends_is_ended_with_what_it_started(
     run = run_with(monkeypatch, tmp_path, program, seconds=4)
     assert time.monotonic() - began < 30
     assert run.rows[1]["error"].endswith("killed, since its time was up")
-    state = Path(f"/proc/{(tmp_path / 'gpu_facts-0.pid').read_text()}/stat")
+    state = Path(f"/proc/{(tmp_path / 'device-0.pid').read_text()}/stat")
     assert not state.exists() or state.read_text().split()[2] == "Z"
 
 
@@ -156,15 +149,15 @@ def test_jobs_that_were_done_are_left_out(monkeypatch: pytest.MonkeyPatch, tmp_p
     """And the card that a job lost is not used for the next one."""
     done: list[str] = []
     jobs = [(name, lambda name=name: done.append(name) or [{"name": name}]) for name in "abc"]
-    monkeypatch.setattr(gpu_sections.importlib, "import_module", lambda _: SimpleNamespace(jobs=lambda setting: jobs))
-    monkeypatch.setattr(gpu_sections, "make_ready", lambda dry: None)
+    monkeypatch.setattr(sections.importlib, "import_module", lambda _: SimpleNamespace(jobs=lambda setting: jobs))
+    monkeypatch.setattr(sections, "make_ready", lambda dry: None)
     options = ["device", "--dry-run", "--out", str(tmp_path / "rows")]
-    assert gpu_sections.main([*options, "--first", "1"]) == 0
+    assert sections.main([*options, "--first", "1"]) == 0
     assert done == ["b", "c"]
-    assert gpu_sections.main([*options, "--part", "1/2"]) == 0
+    assert sections.main([*options, "--part", "1/2"]) == 0
     assert done == ["b", "c", "b"]
-    monkeypatch.setattr(gpu_sections, "usable", lambda dry: False)
-    assert gpu_sections.main(options) == gpu_sections.BROKEN
+    monkeypatch.setattr(sections, "usable", lambda dry: False)
+    assert sections.main(options) == sections.BROKEN
     assert done == ["b", "c", "b", "a"]
     lines = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
     assert [line.get("job") for line in lines[:4]] == [2, None, 3, None]
@@ -210,7 +203,7 @@ def test_a_job_that_raises_is_a_row_and_one_without_time_too() -> None:
 def test_all_sections_fit_into_the_time_of_the_command() -> None:
     assert bench_gpu.SECONDS < 9 * 60
     assert {section.name for section in SECTIONS if section.prepared} == {"attention", "layers", "candidates"}
-    assert all(gpu_sections.importlib.import_module(f"armillary.launch.{section.module}").jobs for section in SECTIONS)
+    assert all(sections.importlib.import_module(f"armillary.launch.{section.module}").jobs for section in SECTIONS)
 
 
 def test_what_is_timed_has_a_target_where_the_issue_has_one() -> None:
@@ -248,18 +241,18 @@ def test_a_turn_that_fails_is_told_and_the_others_are_timed() -> None:
 def test_the_rule_of_errors_finds_what_is_wrong() -> None:
     truth = torch.randn(50, dtype=torch.float64)
     peer = truth.float()
-    good = gpu_compare.judge("x", ["out"], [peer], [peer], [truth], [peer.clone()])
+    good = compare.judge("x", ["out"], [peer], [peer], [truth], [peer.clone()])
     assert good["ok"]
     wrong = peer.clone()
     wrong[7] += 1e-5
-    assert not gpu_compare.judge("x", ["out"], [wrong], [peer], [truth], [wrong])["ok"]
+    assert not compare.judge("x", ["out"], [wrong], [peer], [truth], [wrong])["ok"]
     unwritten = peer.clone()
     unwritten[3] = torch.nan
-    assert not gpu_compare.judge("x", ["out"], [unwritten], [peer], [truth], [unwritten])["ok"]
-    assert not gpu_compare.judge("x", ["out"], [peer], [peer], [truth], [wrong])["ok"]
+    assert not compare.judge("x", ["out"], [unwritten], [peer], [truth], [unwritten])["ok"]
+    assert not compare.judge("x", ["out"], [peer], [peer], [truth], [wrong])["ok"]
     blind = torch.tensor([-torch.inf, 1.0], dtype=torch.float64)
     for lse, ok in ((blind.float(), True), (torch.tensor([0.0, 1.0]), False), (torch.tensor([-torch.inf, 1.1]), False)):
-        assert gpu_compare.judge("x", ["lse"], [lse], [lse], [blind], [lse])["ok"] == ok
+        assert compare.judge("x", ["lse"], [lse], [lse], [blind], [lse])["ok"] == ok
 
 
 def test_shards_are_the_whole() -> None:
@@ -267,10 +260,10 @@ def test_shards_are_the_whole() -> None:
     hidden = torch.randn(9, 8, generator=generator, dtype=torch.float64)
     weight = torch.randn(31, 8, generator=generator, dtype=torch.float64)
     labels = torch.randint(0, 31, (9,), generator=generator)
-    loss, *_ = gpu_shards.in_shards(hidden, weight, labels, 4, torch.ones(()).double())
+    loss, *_ = shards.in_shards(hidden, weight, labels, 4, torch.ones(()).double())
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(hidden @ weight.T, labels, reduction="sum"))
     with pytest.raises(RuntimeError, match="must match the size"):
-        gpu_shards.in_shards(hidden, weight, labels[:3], 4, torch.ones(()).double())
+        shards.in_shards(hidden, weight, labels[:3], 4, torch.ones(()).double())
 
 
 class Event:
@@ -293,8 +286,8 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Setting:
     monkeypatch.setenv("ARMILLARY_KERNELS", "triton")
     monkeypatch.setattr(Setting, "device", property(lambda self: torch.device("cpu")))
     monkeypatch.setattr(Setting, "narrow", property(lambda self: torch.float16))
-    monkeypatch.setattr(gpu_timing, "FLUSHED", 1 << 12)
-    monkeypatch.setattr(gpu_timing, "WARM", 16)
+    monkeypatch.setattr(timing, "FLUSHED", 1 << 12)
+    monkeypatch.setattr(timing, "WARM", 16)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
@@ -305,8 +298,8 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Setting:
 
 
 def test_rows_of_attention(card: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_attention, "LENGTH", 20)
-    forward, backward = gpu_attention.run(gpu_attention.Case("d64 causal 20", 1, (20,), Mask(), 1, 1, 64), card)
+    monkeypatch.setattr(attention, "LENGTH", 20)
+    forward, backward = attention.run(attention.Case("d64 causal 20", 1, (20,), Mask(), 1, 1, 64), card)
     for row, target, factor in ((forward, 360, 1), (backward, 270, 2.5)):
         assert (row["target"], row["reached"], row["not_below_flash"]) == (target, False, False)
         assert row["flop"] == factor * 4 * 20 * 20 / 2 * 64
@@ -315,7 +308,7 @@ def test_rows_of_attention(card: Setting, monkeypatch: pytest.MonkeyPatch) -> No
         assert "error" in row["peers"]["cudnn"]
         assert row["repetitions"] == 5
         assert complete(row, "attention", False)["measured"]
-        assert "target 360: MISSED" in gpu_sections.line(complete(forward, "attention", False))
+        assert "target 360: MISSED" in sections.line(complete(forward, "attention", False))
     assert forward["agreement"] < 2e-3
 
 
@@ -328,12 +321,12 @@ def test_rows_of_candidates(card: Setting, monkeypatch: pytest.MonkeyPatch) -> N
         if configs[0].num_stages == 3:
             raise RuntimeError("out of resource: shared memory")
 
-    from armillary.kernels.attention import flash_triton as attention_triton
+    from armillary.kernels.attention import flash_triton
 
-    monkeypatch.setattr(attention_triton, "backward", backward)
+    monkeypatch.setattr(flash_triton, "backward", backward)
     shipped = block_config("query_gradient", 64, torch.float16, "sm_90")
-    case = gpu_attention.Case("x", 1, (9,), Mask(), 1, 1, 64)
-    rows = gpu_candidates.run("query_gradient", case, card)
+    case = attention.Case("x", 1, (9,), Mask(), 1, 1, 64)
+    rows = candidates.run("query_gradient", case, card)
     assert rows[0]["config"]["queries"] == shipped.queries
     failed = [row for row in rows if row["config"]["num_stages"] == 3]
     assert failed
@@ -344,18 +337,18 @@ def test_rows_of_candidates(card: Setting, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_one_kernel_alone() -> None:
     pytest.importorskip("triton")
-    from armillary.kernels.attention import flash_triton as attention_triton
+    from armillary.kernels.attention import flash_triton
 
-    kernel = attention_triton.key_gradient_kernel
-    with gpu_candidates._alone("query_gradient"):
-        attention_triton.key_gradient_kernel[(1,)](1, x=2)
-        assert attention_triton.key_gradient_kernel is not kernel
-    assert attention_triton.key_gradient_kernel is kernel
+    kernel = flash_triton.key_gradient_kernel
+    with candidates._alone("query_gradient"):
+        flash_triton.key_gradient_kernel[(1,)](1, x=2)
+        assert flash_triton.key_gradient_kernel is not kernel
+    assert flash_triton.key_gradient_kernel is kernel
 
 
 def test_rows_of_layers(card: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_layer, "sizes", lambda setting, real, tiny: tiny)
-    forward, backward = gpu_layer.norm(card, 1e9)
+    monkeypatch.setattr(layers, "sizes", lambda setting, real, tiny: tiny)
+    forward, backward = layers.norm(card, 1e9)
     assert (forward["bytes"], backward["bytes"]) == (2 * 8 * 32 * 2, 3 * 8 * 32 * 2)
     for row in (forward, backward):
         assert row["of_copy"] == pytest.approx(row["bytes"] / row["seconds"] / 1e9)

@@ -6,7 +6,8 @@ import subprocess
 
 import torch
 
-from armillary.launch.bench_gpu.sections import Job, Row
+from armillary.launch.bench.by_name import Row
+from armillary.launch.bench_gpu.sections import Job
 from armillary.launch.bench_gpu.timing import Setting, copy_bandwidth, measure
 
 QUERIES = (
