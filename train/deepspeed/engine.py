@@ -24,7 +24,7 @@ from armillary.train.optim.schedule import OptimConfig
 
 
 class DeepSpeedRunner:
-    """Micro-batches one after the other through a DeepSpeed engine, in `parallel.serial.Serial`'s place."""
+    """See `parallel.runner.Runner`: micro-batches one after the other through a DeepSpeed engine."""
 
     def __init__(self, engine: Any, ranks: Ranks, scale: float) -> None:
         """
@@ -36,7 +36,7 @@ class DeepSpeedRunner:
         self.engine, self.ranks, self.scale = engine, ranks, scale
 
     def forward_backward(self, parts: Sequence[Part], divisor: Tensor) -> Tensor:
-        """See `parallel.serial.Serial`. Stage 1 reduces after the last micro-batch, stages 2 and 3 after each."""
+        """Stage 1 reduces after the last micro-batch, stages 2 and 3 after each."""
         total = torch.zeros((), device=divisor.device, dtype=torch.float64)
         for index, part in enumerate(parts):
             self.engine.set_gradient_accumulation_boundary(index == len(parts) - 1)
@@ -47,17 +47,16 @@ class DeepSpeedRunner:
         return total
 
     def loss(self, part: Part) -> Tensor:
-        """The sum over labelled tokens, 0-d."""
         with environment(self.ranks):
             return self.engine(part.tokens, part.places, part.labels)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DeepSpeedHeld(Held):
     """What a rank holds of a model that DeepSpeed shards. The rows that it shows are copies, made when they are asked
     for, on all ranks at once. What is filled into them counts once `update_twins` has been called, as after loading."""
 
-    state: ZeroState = None  # type: ignore[assignment]
+    state: ZeroState
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """This rank's rows of each parameter, and after the last backward pass of a step of its gradient."""
@@ -107,12 +106,13 @@ class DeepSpeedEngine(Engine):
             torch._foreach_mul_(self.held.state.gradients(), (max_norm / (norm + 1e-6)).clamp(max=1.0))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class DeepSpeedOptimizers(Optimizers):
     """AdamW on DeepSpeed's flat partitions."""
 
-    engine: Any = None
-    state: ZeroState = None  # type: ignore[assignment]
+    engine: Any
+    """DeepSpeed's."""
+    state: ZeroState
 
     def step(self, ratio: float) -> None:
         """Updates all weights, at `ratio` times each group's peak learning rate."""
@@ -154,6 +154,6 @@ def shard_with_deepspeed(held: Held, stage: int, config: OptimConfig, placement:
     engine = start(model, plain.optimizers[0], stage, config, held.ranks)
     state = ZeroState(engine.optimizer, plain.names, held.cuts, held.ranks)
     optimizers = DeepSpeedOptimizers(plain.optimizers, plain.names, engine=engine, state=state)
-    sharded = DeepSpeedHeld(held.stages, held.cuts, held.ranks, held.last, state)
+    sharded = DeepSpeedHeld(held.stages, held.cuts, held.ranks, held.last, state=state)
     scale = float(held.ranks.plane.size()) if stage == 3 else 1.0
     return DeepSpeedEngine(sharded, optimizers, DeepSpeedRunner(engine, held.ranks, scale), placement)

@@ -1,6 +1,9 @@
 """DeepSpeed's ZeRO computes what one process computes, and its checkpoints are everybody's."""
 
+import contextlib
 import os
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +17,8 @@ from armillary.train.checkpoint.save import Checkpointer
 from armillary.train.checkpoint.store import CheckpointConfig, complete, read_manifest
 from armillary.train.config import ConfigError, RunConfig, load_config
 from armillary.train.data.dataset import micro_batches, prepare
-from armillary.train.deepspeed.start import check_installed
-from armillary.train.metrics import latest_per_step, read_metrics
+from armillary.train.deepspeed import start
+from armillary.train.metrics_file import latest_per_step, read_metrics
 from armillary.train.proof.parity import compare, trace_one_process, trace_ranks
 from armillary.train.run_folder import create_run, open_run
 from armillary.train.trainer import Trainer
@@ -49,14 +52,14 @@ evaluate_sequences = 4
 DEEPSPEED = "zero.engine=deepspeed"
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    (tmp_path / "text").mkdir()
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("deepspeed")
+    (path / "text").mkdir()
     for number in range(15):
-        (tmp_path / f"text/{number}.txt").write_text(f"{number}: " + "pack my box with jugs. " * (number % 4))
-    (tmp_path / "run.toml").write_text(CONFIG)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+        (path / f"text/{number}.txt").write_text(f"{number}: " + "pack my box with jugs. " * (number % 4))
+    (path / "run.toml").write_text(CONFIG)
+    return path
 
 
 def settings(folder: Path, overrides: list[str]) -> RunConfig:
@@ -64,15 +67,61 @@ def settings(folder: Path, overrides: list[str]) -> RunConfig:
     return load_config("run.toml", overrides)
 
 
-def parity(rank: int, folder: Path, cases: list[list[str]]) -> list[dict]:
-    """The errors of each case against one process: all on the same ranks, which import DeepSpeed once."""
-    found = []
-    for overrides in cases:
-        config = settings(folder, overrides)
-        dataset = prepare(config.data, lambda _: None)
-        trace = trace_ranks(config, dataset, 3, make_ranks(config.plan, torch.device("cpu")))
-        found.append(compare(trace, trace_one_process(config, dataset, 3)) if rank == 0 else {})
-    return found
+def parity(rank: int, folder: Path, overrides: list[str]) -> dict:
+    """The errors against one process in float64; on rank 0."""
+    config = settings(folder, overrides)
+    dataset = prepare(config.data)
+    trace = trace_ranks(config, dataset, 3, make_ranks(config.plan, torch.device("cpu")))
+    oracle = replace(config, optim=replace(config.optim, precision="float64"))
+    return compare(trace, trace_one_process(oracle, dataset, 3)) if rank == 0 else {}
+
+
+def averaged(rank: int, folder: Path, overrides: list[str]) -> dict:
+    """`parity` with a mistake: gradients averaged, as DeepSpeed does if left alone."""
+    honest = start._settings
+    start._settings = lambda *facts: honest(*facts) | {"gradient_allreduce_op": "mean"}
+    try:
+        return parity(rank, folder, overrides)
+    finally:
+        start._settings = honest
+
+
+def rounding(rank: int, folder: Path) -> dict:
+    """The errors of one process in bfloat16 against one in float64."""
+    config = settings(folder, [])
+    dataset = prepare(config.data)
+    narrow = replace(config, optim=replace(config.optim, precision="bfloat16"))
+    traces = (trace_one_process(each, dataset, 3) for each in (narrow, config))
+    return compare(*traces) if rank == 0 else {}
+
+
+def skip_a_step(rank: int, folder: Path, stage: int) -> bool:
+    """Whether a step that is not taken leaves nothing: with and without one between two others."""
+    config = settings(folder, [DEEPSPEED, "plan.dp=2", f"zero.stage={stage}"])
+    dataset = prepare(config.data)
+    ranks = make_ranks(config.plan, torch.device("cpu"))
+    results = []
+    for cursors in ((0, 14), (0, -7, 14)):
+        engine = build_engine(config, ranks)
+        for cursor in cursors:
+            engine.forward_backward(micro_batches(dataset, abs(cursor), 7, 2, rank, 2))
+            engine.clip(engine.gradient_norm(), 0.5)
+            if cursor >= 0:
+                engine.optimizers.step(1.0)
+            engine.optimizers.zero_grad()
+        results.append({name: parameter.detach() for name, parameter in engine.held.parameters().items()})
+    return all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def noise(rank: int, folder: Path) -> tuple[str, bool]:
+    """What is written to stdout when DeepSpeed starts and steps, and whether the environment is as it was."""
+    before, said = dict(os.environ), folder / f"said-{rank}"
+    with open(said, "w") as file, contextlib.redirect_stdout(file):
+        kept = os.dup(1)
+        os.dup2(file.fileno(), 1)
+        parity(rank, folder, [DEEPSPEED, "plan.dp=2"])
+        os.dup2(kept, 1)
+    return said.read_text(), dict(os.environ) == before
 
 
 PLANS = {
@@ -88,84 +137,65 @@ PLANS = {
 }
 
 
+def parities(rank: int, folder: Path, plans: list[list[str]]) -> list[dict]:
+    return [parity(rank, folder, [DEEPSPEED, *overrides]) for overrides in plans]
+
+
+def everything_on_two(rank: int, folder: Path) -> dict:
+    """Of all that two ranks can show, the first rank's results."""
+    return {
+        "noise": noise(rank, folder),  # first, since DeepSpeed is not imported yet
+        "parities": parities(rank, folder, PLANS[2]),
+        "averaged": averaged(rank, folder, [DEEPSPEED, "plan.dp=2", "zero.stage=2"]),
+        "rounding": rounding(rank, folder),
+        "bfloat16": parities(
+            rank, folder, [["plan.dp=2", f"zero.stage={stage}", "optim.precision=bfloat16"] for stage in (1, 2, 3)]
+        ),
+        "skipped": [skip_a_step(rank, folder, stage) for stage in (1, 2, 3)],
+    }
+
+
+@pytest.fixture(scope="module")
+def two(world, folder):
+    return world(everything_on_two, 2, folder)
+
+
 @pytest.mark.parametrize("num_ranks", sorted(PLANS))
-def test_every_stage_computes_what_one_process_computes(world, folder, num_ranks):
+def test_every_stage_computes_what_one_process_computes(world, folder, two, num_ranks):
     """With micro-batches, clipping, packed documents and grouped heads."""
-    cases = [[DEEPSPEED, *overrides] for overrides in PLANS[num_ranks]]
-    for overrides, found in zip(cases, world(parity, num_ranks, folder, cases)[0], strict=True):
+    plans = PLANS[num_ranks]
+    errors = two[0]["parities"] if num_ranks == 2 else world(parities, num_ranks, folder, plans)[0]
+    for overrides, found in zip(plans, errors, strict=True):
         assert found["worst_error"] < 1e-9, (overrides, found)
 
 
-def average(rank: int, folder: Path, cases: list[list[str]]) -> list[dict]:
-    """A mistake: gradients averaged, as DeepSpeed does if left alone."""
-    from armillary.train.deepspeed import start as deepspeed_start
-
-    honest = deepspeed_start._settings
-    deepspeed_start._settings = lambda *facts: honest(*facts) | {"gradient_allreduce_op": "mean"}
-    return parity(rank, folder, cases)
+def test_an_average_is_found(two):
+    assert two[0]["averaged"]["gradient_error"] == pytest.approx(0.5)
 
 
-def test_an_average_is_found(world, folder):
-    (found,) = world(average, 2, folder, [[DEEPSPEED, "plan.dp=2", "zero.stage=2"]])[0]
-    assert found["gradient_error"] == pytest.approx(0.5)
-
-
-def bfloat16(rank: int, folder: Path, cases: list[list[str]]) -> list[dict]:
-    """The errors of each case in bfloat16 against one process in float64."""
-    found = []
-    for overrides in cases:
-        config = settings(folder, ["optim.precision=bfloat16", *overrides])
-        dataset = prepare(config.data, lambda _: None)
-        trace = trace_ranks(config, dataset, 3, make_ranks(config.plan, torch.device("cpu")))
-        oracle = trace_one_process(settings(folder, []), dataset, 3) if rank == 0 else {}
-        found.append(compare(trace, oracle) if rank == 0 else {})
-    return found
-
-
-def test_bfloat16_is_as_good_as_that_of_one_process(world, folder):
-    (alone,) = world(bfloat16, 1, folder, [["plan.dp=1"]])[0]
-    cases = [[DEEPSPEED, "plan.dp=2", f"zero.stage={stage}"] for stage in (1, 2, 3)]
-    for found in world(bfloat16, 2, folder, cases)[0]:
+def test_bfloat16_is_as_good_as_that_of_one_process(two):
+    for found in two[0]["bfloat16"]:
         for error in ("loss_error", "gradient_error", "parameter_error"):
-            assert 0 < found[error] < 2 * alone[error], (found, alone)
+            assert 0 < found[error] < 2 * two[0]["rounding"][error], found
 
 
-def skip_a_step(rank: int, folder: Path) -> list[bool]:
-    """Whether a step that is not taken leaves nothing: for each stage, with and without one between two others."""
-    same = []
-    for stage in (1, 2, 3):
-        config = settings(folder, [DEEPSPEED, "plan.dp=2", f"zero.stage={stage}"])
-        dataset = prepare(config.data, lambda _: None)
-        ranks = make_ranks(config.plan, torch.device("cpu"))
-        results = []
-        for cursors in ((0, 14), (0, -7, 14)):
-            engine = build_engine(config, ranks)
-            optimizers = engine.optimizers
-            for cursor in cursors:
-                engine.forward_backward(micro_batches(dataset, abs(cursor), 7, 2, rank, 2))
-                engine.clip(engine.gradient_norm(), 0.5)
-                if cursor >= 0:
-                    optimizers.step(1.0)
-                optimizers.zero_grad()
-            results.append({name: parameter.detach() for name, parameter in engine.held.parameters().items()})
-        same.append(all(torch.equal(results[0][name], results[1][name]) for name in results[0]))
-    return same
+def test_a_skipped_step_leaves_nothing(two):
+    assert [found["skipped"] for found in two] == [[True] * 3] * 2
 
 
-def test_a_skipped_step_leaves_nothing(world, folder):
-    assert world(skip_a_step, 2, folder) == [[True] * 3] * 2
+def test_deepspeed_starts_without_noise_and_puts_the_environment_back(two):
+    assert [found["noise"] for found in two] == [("", True)] * 2
 
 
-def resave(rank: int, folder: Path, source: str, to: str, overrides: list[str]) -> None:
-    """Loads a checkpoint under a plan and saves what came of it."""
+def resave(rank: int, folder: Path, source: Path, to: Path, overrides: list[str]) -> None:
+    """Loads the newest checkpoint of a folder under a plan and saves what came of it."""
     config = settings(folder, overrides)
     ranks = make_ranks(config.plan, torch.device("cpu"))
     engine = build_engine(config, ranks)
-    optimizers = engine.optimizers
-    load_state(complete(Path(source))[0], engine.held, optimizers)
+    load_state(complete(source)[0], engine.held, engine.optimizers)
     said: list[str] = []
-    saver = Checkpointer(Path(to), CheckpointConfig(), rank, ranks.num_ranks, "again", said.append)
-    saver.save(6, shared_state(engine.held, optimizers), {}, {})
+    saver = Checkpointer(to, CheckpointConfig(), rank, ranks.num_ranks, "again", said.append)
+    saver.save(2, shared_state(engine.held, engine.optimizers), {}, {})
     saver.wait()
     assert not said, said
 
@@ -174,7 +204,7 @@ def train(rank: int, folder: Path, run: str, overrides: list[str], stop_at: int)
     """Trains from the newest checkpoint of a run, if there is one, and saves every second step."""
     config = settings(folder, overrides)
     ranks = make_ranks(config.plan, torch.device("cpu"))
-    dataset = prepare(config.data, lambda _: None)
+    dataset = prepare(config.data)
     if rank == 0 and not Path("runs", run).exists():
         create_run(config, "run.toml", run, dataset.tokenizer)
     torch.distributed.barrier()
@@ -188,47 +218,33 @@ def train(rank: int, folder: Path, run: str, overrides: list[str], stop_at: int)
     trainer.observer.close("finished")
 
 
+def resave_and_train(rank: int, folder: Path, source: Path, to: Path, overrides: list[list[str]], stop_at: int) -> None:
+    resave(rank, folder, source, to, overrides[0])
+    train(rank, folder, "moved", overrides[1], stop_at)
+
+
 def test_a_run_goes_from_engine_to_engine(world, folder):
     """DeepSpeed on two ranks, FSDP on three, DeepSpeed on two again: the losses of one process."""
+    runs, zero, fsdp, again = folder / "runs", folder / "zero", folder / "fsdp", folder / "again"
     world(train, 1, folder, "alone", [], 6)
     world(train, 2, folder, "moved", [DEEPSPEED, "zero.stage=2", "plan.dp=2"], 2)
-    world(train, 3, folder, "moved", ["plan.dp=3"], 4)
-    world(train, 2, folder, "moved", [DEEPSPEED, "plan.dp=2"], 6)
-    runs = [latest_per_step(read_metrics(Path("runs", run, "metrics.jsonl"))) for run in ("alone", "moved")]
+    shutil.copytree(runs / "moved/checkpoints", zero)
+    world(resave_and_train, 3, folder, zero, fsdp, [["plan.dp=3"]] * 2, 4)
+    stage_1 = [DEEPSPEED, "zero.stage=1", "plan.dp=2"]
+    world(resave_and_train, 2, folder, fsdp, again, [stage_1, [DEEPSPEED, "plan.dp=2"]], 6)
+    rows = [latest_per_step(read_metrics(runs / run / "metrics.jsonl")) for run in ("alone", "moved")]
     for key in ("train/loss", "train/gradient_norm", "eval/loss"):
-        expected, found = ({row["step"]: row[key] for row in rows if key in row} for rows in runs)
+        expected, found = ({row["step"]: row[key] for row in each if key in row} for each in rows)
         assert found == {step: pytest.approx(value, rel=1e-9) for step, value in expected.items()}, key
-    assert sum("comm/bytes_weights" in row for row in runs[1]) == 6
+    assert sum("comm/bytes_weights" in row for row in rows[1]) == 6
     # And nothing is lost on the way from plan to plan: weights and moments, bit for bit.
-    first = Path("runs/moved/checkpoints").absolute()
-    world(resave, 3, folder, str(first), str(folder / "fsdp"), ["plan.dp=3"])
-    world(resave, 2, folder, str(folder / "fsdp"), str(folder / "zero"), [DEEPSPEED, "zero.stage=1", "plan.dp=2"])
-    saved = [complete(path)[0] for path in (first, folder / "fsdp", folder / "zero")]
+    saved = [complete(path)[0] for path in (zero, fsdp, again)]
     names = [name for name in read_manifest(saved[1]).tensors if not name.startswith("rank-")]
     assert len(names) > 60
     for name in names:
         tensors = [read_full(path, name) for path in saved]
         assert all(torch.equal(tensor, tensors[0]) for tensor in tensors), name
     assert any(read_full(saved[2], name).abs().max() > 0 for name in names if "exp_avg_sq" in name)
-
-
-def start_quietly(rank: int, folder: Path) -> tuple[str, bool]:
-    """What is written to stdout when DeepSpeed starts and steps, and whether the environment is as it was."""
-    import contextlib
-
-    config = settings(folder, [DEEPSPEED, "plan.dp=1"])
-    before = dict(os.environ)
-    with open("said", "w") as file, contextlib.redirect_stdout(file):
-        kept = os.dup(1)
-        os.dup2(file.fileno(), 1)
-        parity(rank, folder, [[DEEPSPEED, "plan.dp=1"]])
-        os.dup2(kept, 1)
-    assert config.zero.stage == 3
-    return Path("said").read_text(), dict(os.environ) == before
-
-
-def test_deepspeed_starts_without_noise_and_puts_the_environment_back(world, folder):
-    assert world(start_quietly, 1, folder) == [("", True)]
 
 
 @pytest.mark.parametrize(
@@ -242,7 +258,7 @@ def test_deepspeed_starts_without_noise_and_puts_the_environment_back(world, fol
 )
 def test_what_it_cannot_do_is_refused_in_one_sentence(folder, overrides, key, words):
     with pytest.raises(ConfigError) as raised:
-        load_config("run.toml", overrides)
+        settings(folder, overrides)
     assert str(raised.value).startswith(f"{'--set' if key.split('.')[1] in str(overrides) else 'run.toml'}: {key}: ")
     assert words in str(raised.value)
     assert "\n" not in str(raised.value)
@@ -251,4 +267,4 @@ def test_what_it_cannot_do_is_refused_in_one_sentence(folder, overrides, key, wo
 def test_where_it_is_missing_the_command_is_told(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r'zero.engine: deepspeed is not installed; run pip install "armillary\[deep'):
-        check_installed()
+        start.check_installed()
