@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from armillary.train.metrics import Row
+from armillary.train.metrics_file import Row
 from armillary.train.words import quantity
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from typing import Any
 
 from armillary.launch.plots import charts_of, number_of, points_of, short, values_of
 from armillary.train.files import write_aside
-from armillary.train.metrics import FILE, Row, latest_per_step, read_metrics, redact
+from armillary.train.metrics_file import FILE, Row, latest_per_step, read_metrics, redact
 from armillary.train.words import duration, quantity
 
 MOST_EVENTS = 100

@@ -12,7 +12,7 @@ from armillary.train.config import check_vocabulary, load_config
 from armillary.train.data.dataset import from_anywhere, prepare
 from armillary.train.failure import REFUSED, show
 from armillary.train.files import write_aside
-from armillary.train.metrics import FILE, latest_per_step, read_metrics
+from armillary.train.metrics_file import FILE, latest_per_step, read_metrics
 from armillary.train.run_folder import RunFolder, create_run, open_run
 
 SAMPLE_TOKENS = 200

@@ -1,36 +1,20 @@
-"""What a run records: `metrics.jsonl` always, Weights & Biases and TensorBoard beside it where they are wanted.
-
-A line of `metrics.jsonl` is a metrics row, `{"step": 12, "time": 1795442017.4, "train/loss": 3.1, ...}`, or an event,
-`{"step": 12, "time": ..., "event": "skip", "message": "...", ...}`. It is strict JSON: a number that is not finite is
-written as null, with its name in a second key, `"train/loss": null, "train/loss_text": "nan"`; `read_metrics` puts the
-two together again. A line counts once its newline is there.
-
-Imports no torch, so that `report` and `watch` start at once.
-"""
+"""What a run records, how often and where: in `metrics.jsonl` always, elsewhere if wanted. Imports no torch."""
 
 import importlib.util
-import json
 import math
-import os
 import re
 import secrets
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-Row = dict[str, Any]
-Ending = Literal["finished", "stopped", "failed"]
-
-FILE = "metrics.jsonl"
-REWINDS = ("begin", "resume", "rollback")
-"""Events after which later steps are done again."""
-NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+from armillary.train.metrics_file import FILE, Row, append, open_to_append, read_metrics, redact
+from armillary.train.sinks import Ending, Sink, open_tensorboard, open_wandb
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,142 +69,6 @@ def speed(
     return figures | ({"perf/mfu": rate * flops_per_token / peak_flops} if peak_flops else {})
 
 
-def redact(text: str) -> str:
-    """The text without the secrets of this process's environment: values of variables named like `WANDB_API_KEY`."""
-    for name, value in os.environ.items():
-        if len(value) >= 8 and re.search(r"_(KEY|TOKEN|SECRET|PASSWORD|CREDENTIALS)$", name.upper()):
-            text = text.replace(value, f"[{name} hidden]")
-    return text
-
-
-def _plain(value: Any) -> Any:
-    """The value as strict JSON holds it: numbers that are not finite as text, secrets hidden, unknown types as text."""
-    if isinstance(value, Mapping):
-        return {redact(str(key)): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
-    return value if isinstance(value, bool | int | None) else redact(str(value))
-
-
-def _line(row: Row) -> bytes:
-    """One line of the file."""
-    strict: Row = {}
-    for key, value in row.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            strict |= {key: None, f"{key}_text": str(value)}
-        else:
-            strict[key] = _plain(value)
-    return json.dumps(strict, allow_nan=False).encode() + b"\n"
-
-
-def _parse(line: bytes) -> Row | None:
-    """The row on a line; None where the line is no row."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    step = row.get("step") if isinstance(row, dict) else None
-    if type(step) is not int or not 0 <= step < 10**15 or not isinstance(row.get("event", ""), str):
-        return None
-    for key in [key for key in row if row[key] is None and str(row.get(f"{key}_text")) in NOT_FINITE]:
-        row[key] = NOT_FINITE[row.pop(f"{key}_text")]
-    return row
-
-
-def read_metrics(path: Path) -> list[Row]:
-    """All rows and events of a `metrics.jsonl`, as written. A half last line is ignored.
-
-    A broken line elsewhere becomes an event of kind "unreadable". Raises OSError where the file cannot be read.
-    """
-    rows: list[Row] = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-        row = _parse(line)
-        if row is None:
-            place = {"step": rows[-1]["step"], "time": rows[-1].get("time")} if rows else {"step": 0}
-            row = place | {"event": "unreadable", "message": f"line {number} of {path.name} is no row"}
-        rows.append(row)
-    return rows
-
-
-def latest_per_step(rows: Iterable[Row]) -> list[Row]:
-    """The metrics that hold, one row for each step in order: what was written last, key by key.
-
-    An event in `REWINDS` takes back all steps after its `to_step` (its `step` where it has none).
-    """
-    steps: dict[int, Row] = {}
-    for row in rows:
-        if row.get("event") in REWINDS:
-            kept = row.get("to_step", row["step"])
-            steps = {step: held for step, held in steps.items() if not isinstance(kept, int) or step <= kept}
-        elif "event" not in row:
-            steps[row["step"]] = steps.get(row["step"], {}) | row
-    return [steps[step] for step in sorted(steps)]
-
-
-def _repair(path: Path) -> None:
-    """Cut off the half line that a killed writer left at the end."""
-    with path.open("r+b") as file:
-        end = file.seek(0, os.SEEK_END)
-        while end > 0:
-            start = max(0, end - 65536)
-            file.seek(start)
-            newline = file.read(end - start).rfind(b"\n")
-            if newline >= 0:
-                end = start + newline + 1
-                break
-            end = start
-        file.truncate(end)
-
-
-@dataclass(frozen=True)
-class Sink:
-    """A place beside the JSON lines."""
-
-    log: Callable[[int, Mapping[str, float]], None]
-    close: Callable[[Ending], None]
-
-
-def _open_wandb(folder: Path, config: MetricsConfig, identity: str, facts: Mapping[str, Any]) -> Sink:
-    import wandb
-
-    # It must neither write over the status line nor ask for a login, and a remote's address may hold a password.
-    settings = wandb.Settings(silent=True, console="off", disable_git=True, disable_code=True, init_timeout=30)
-    wandb.setup(settings=settings)
-    run = wandb.init(
-        project=config.project,
-        name=folder.name,
-        id=identity,
-        dir=str(folder),
-        config=_plain(facts),
-        mode="online" if config.wandb == "online" else "offline",
-        resume="allow" if config.wandb == "online" else None,
-        settings=settings,
-    )
-    # Its own counter refuses to go back, as a rollback does.
-    run.define_metric("*", step_metric="step")
-
-    def close(status: Ending) -> None:
-        if status == "stopped":
-            run.mark_preempting()
-        run.finish(exit_code=0 if status == "finished" else 1)
-
-    return Sink(lambda step, values: run.log({"step": step, **values}), close)
-
-
-def _open_tensorboard(folder: Path) -> Sink:
-    from torch.utils.tensorboard import SummaryWriter
-
-    writer = SummaryWriter(str(folder / "tensorboard"))
-
-    def log(step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            writer.add_scalar(name, value, step)
-
-    return Sink(log, lambda status: writer.close())
-
-
 class NullMeter:
     """The meter of the ranks that record nothing."""
 
@@ -249,19 +97,18 @@ class Meter(NullMeter):
         self._step = 0
         self._rows_lost = False
         self._counts: Counter[str] = Counter()
-        path = folder / FILE
-        if path.exists():
-            _repair(path)
-        # Unbuffered and appending, so that one write is one whole line, in the file at once and from any thread.
-        self._file = path.open("ab", buffering=0)
-        known = next(iter(read_metrics(path)), {}).get("run")
+        self._file = open_to_append(folder / FILE)
+        known = next(iter(read_metrics(folder / FILE)), {}).get("run")
         identity = known if isinstance(known, str) and re.fullmatch(r"[0-9a-f]{8}", known) else secrets.token_hex(4)
         self._append({"step": 0, "time": time.time(), "event": "open", "run": identity})
         self._sinks: dict[str, Sink] = {}
-        if config.wandb == "online" or (config.wandb == "offline" and importlib.util.find_spec("wandb")):
-            self._guard("wandb", lambda: self._sinks.update(wandb=_open_wandb(folder, config, identity, facts)))
+        online = config.wandb == "online"
+        if online or (config.wandb == "offline" and importlib.util.find_spec("wandb")):
+            self._guard(
+                "wandb", lambda: self._sinks.update(wandb=open_wandb(folder, config.project, online, identity, facts))
+            )
         if config.tensorboard:
-            self._guard("tensorboard", lambda: self._sinks.update(tensorboard=_open_tensorboard(folder)))
+            self._open("tensorboard", lambda: open_tensorboard(folder))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append a row; the values are Python numbers."""
@@ -285,6 +132,9 @@ class Meter(NullMeter):
             self._guard(name, partial(sink.close, status))
         self._file.close()
 
+    def _open(self, name: str, opened: Callable[[], Sink]) -> None:
+        self._guard(name, lambda: self._sinks.update({name: opened()}))
+
     def _send(self, step: int, values: Mapping[str, float]) -> None:
         for name, sink in list(self._sinks.items()):
             self._guard(name, partial(sink.log, step, values))
@@ -300,18 +150,8 @@ class Meter(NullMeter):
             self._warn(f"metrics.{name}: {name} {problem}. The run goes on with {FILE} alone.")
 
     def _append(self, row: Row) -> None:
-        """Append a line. What a full disk takes only half of is taken back, so that the file stays readable."""
-        line = _line(row)
-        end = os.fstat(self._file.fileno()).st_size
-        try:
-            if self._file.write(line) == len(line):
-                return
-            problem = "the disk is full"
-        except OSError as error:
-            problem = str(error)
-        with suppress(OSError):
-            os.ftruncate(self._file.fileno(), end)
-        if not self._rows_lost:
+        problem = append(self._file, row)
+        if problem and not self._rows_lost:
             self._rows_lost = True
             self._note(redact(f"{self._file.name}: {problem}; rows are lost until it can be written again"))
 

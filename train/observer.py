@@ -11,10 +11,11 @@ import torch
 from armillary.comm.collectives import all_reduce
 from armillary.parallel.mesh import Ranks
 from armillary.train.config import RunConfig
-from armillary.train.metrics import Ending, Meter, NullMeter, speed
+from armillary.train.metrics import Meter, NullMeter, speed
 from armillary.train.model.shape import flops_per_token, num_parameters
 from armillary.train.peak import peak_flops, peak_memory_gib
 from armillary.train.run_folder import RunFolder
+from armillary.train.sinks import Ending
 from armillary.train.status import NullStatus, Status
 
 

@@ -12,8 +12,8 @@ from armillary.train.config import RunConfig, check_vocabulary, dump_config, loa
 from armillary.train.data.cache import digest
 from armillary.train.data.dataset import Dataset, from_anywhere, prepare
 from armillary.train.initial_weights import checked_weights
-from armillary.train.metrics import Ending
 from armillary.train.run_folder import RunFolder, create_run, open_run
+from armillary.train.sinks import Ending
 from armillary.train.trainer import Trainer
 
 

@@ -14,17 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from armillary.train.metrics import (
-    FILE,
-    Meter,
-    MetricsConfig,
-    NullMeter,
-    Sink,
-    latest_per_step,
-    read_metrics,
-    redact,
-    speed,
-)
+from armillary.train.metrics import Meter, MetricsConfig, NullMeter, speed
+from armillary.train.metrics_file import FILE, latest_per_step, read_metrics, redact
+from armillary.train.sinks import Sink
 
 SECRET = "0123456789abcdef0123456789abcdef01234567"
 PLAIN = MetricsConfig(wandb="off")

@@ -15,7 +15,7 @@ from armillary.train.checkpoint.store import complete, read_manifest
 from armillary.train.config import RunConfig, load_config
 from armillary.train.data.dataset import prepare
 from armillary.train.failure import RunStopped
-from armillary.train.metrics import latest_per_step, read_metrics
+from armillary.train.metrics_file import latest_per_step, read_metrics
 from armillary.train.rank import check_same_everywhere, run_rank
 from armillary.train.run_folder import create_run, open_run
 from armillary.train.trainer import Trainer
