@@ -17,17 +17,42 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 
+RANK_BYTES = 200_000_000
+"""Memory that a rank takes before it has a model: what torch and its libraries do, less what all of them share."""
+
+
+def check_room(num_ranks: int) -> None:
+    """Refuses more ranks than this machine has memory for, whatever they compute.
+
+    Raises:
+        ValueError: saying how many there may be.
+    """
+    most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // RANK_BYTES
+    if num_ranks > max(most, 1):
+        raise ValueError(
+            f"plan: its degrees need {num_ranks} ranks, and this machine has memory for at most {most}, even without "
+            "a model; lower them, or start the ranks on several machines with torchrun"
+        )
+
+
 def start_ranks(num_ranks: int, module: str, arguments: Sequence[str], debug: bool = False) -> Failure | None:
     """Runs `python -m module *arguments` as `num_ranks` ranks and waits for them.
 
     Returns the first failure among the ranks, or None when all of them ended well. If one fails, the others are
     stopped. An interrupt stops them too.
+
+    Raises:
+        ValueError: if this machine has no room for so many.
     """
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.WARNING if debug else logging.CRITICAL)
+    check_room(num_ranks)
+    # Each of the agent's modules has set the level of a logger of its own.
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.WARNING if debug else logging.CRITICAL)
     threads = max(1, (os.cpu_count() or 1) // num_ranks)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     # The ranks of one machine speak over loopback, so a host name that does not resolve cannot stop them.

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from armillary.launch.ranks import start_ranks
+from armillary.launch.ranks import check_room, start_ranks
 from armillary.launch.report import write_report
 from armillary.train.config import check_vocabulary, load_config
 from armillary.train.data.dataset import from_anywhere, prepare
@@ -30,6 +30,7 @@ def train(
     """
     old = open_run(resume) if resume else None
     config = load_config(old.config if old else config_path or "", overrides, plan)
+    check_room(config.plan.num_ranks)
     dataset = prepare(config.data, print)
     config = replace(config, data=from_anywhere(config.data))
     check_vocabulary(config, dataset.vocab_size)

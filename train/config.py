@@ -5,6 +5,7 @@ is told within a second, and the config stays inert: values, never code.
 """
 
 import dataclasses
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -67,7 +68,11 @@ def load_config(path: str | Path, overrides: Iterable[str] = (), plan: str = "")
     if shorts and isinstance(table.values.get("plan"), dict):
         table.values["plan"] = {key: value for key, value in table.values["plan"].items() if key not in DEGREES}
     for source, text in [("--set", o) for o in overrides] + [("--plan", s) for s in shorts]:
-        override(table, source, text)
+        try:
+            # Python decodes the command line by the locale, which under LANG=C knows no letters but English ones.
+            override(table, source, os.fsencode(text).decode())
+        except UnicodeError:
+            raise ConfigError(f"{source} {text!r}: is not UTF-8 text; write it as such") from None
     config, mistakes = check(RunConfig, table.values)
     lines = [f"{table.origin(key) or path}: {key}: {sentence}" for key, sentence in mistakes]
     if config is None or lines:

@@ -47,15 +47,17 @@ class Failure:
 
 def describe(error: BaseException, rank: int = 0) -> Failure:
     """The failure that an exception stands for: ValueError and OSError are refused input, RunStopped a failed run."""
-    text = str(error) or type(error).__name__
+    # torch adds the frames of its C++ code; --debug shows them.
+    text = str(error).split("\nException raised from ")[0] or type(error).__name__
     if isinstance(error, OSError) and error.errno in REMEDIES:
         text = f"{text}: {REMEDIES[error.errno]}"
     bug = not isinstance(error, (ValueError, OSError, RunStopped))
     follows = bug and re.search("Connection (closed|reset) by peer|Broken pipe", text) is not None
     if follows:
         bug, text = False, f"rank {rank} lost its connection to another rank, which failed first: {text}"
-    if type(error).__name__ == "OutOfMemoryError":
-        bug, text = False, f"{text}\nRaise optim.micro_batches or plan.dp, or lower data.batch_size."
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+        remedy = "Raise optim.micro_batches or plan.dp, or lower data.batch_size or the sizes in [model]."
+        bug, text = False, f"rank {rank} is out of memory: {text}\n{remedy}"
     return Failure(
         rank=rank,
         message=f"{type(error).__name__}: {text}" if bug else text,

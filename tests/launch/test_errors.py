@@ -1,11 +1,13 @@
 """Golden error messages: what a person reads when they give something wrong, to the letter, and the exit code 2."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
 from armillary.launch import cli
+from armillary.train.failure import describe
 
 RUN = """
 [model]
@@ -40,6 +42,8 @@ SUFFIXES = (
     ".pyi, .rs, .rst, .sh, .sql, .tex, .text, .toml, .ts, .txt, .yaml, .yml"
 )
 
+MOST = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 200_000_000
+
 CASES: dict[str, tuple[list[str], str]] = {
     "no config": (
         ["train"],
@@ -68,6 +72,11 @@ CASES: dict[str, tuple[list[str], str]] = {
     "a plan that is none": (
         ["train", "run.toml", "--plan", "dp"],
         '--plan dp: write it as degree=number, for example "dp=2"',
+    ),
+    "more ranks than there is room for": (
+        ["train", "run.toml", "--plan", "dp=1000000"],
+        f"plan: its degrees need 1000000 ranks, and this machine has memory for at most {MOST}, even without a model; "
+        "lower them, or start the ranks on several machines with torchrun",
     ),
     "a name for an old run": (
         ["train", "--resume", "x", "--name", "y"],
@@ -194,3 +203,22 @@ def test_golden(case, folder, capsys, monkeypatch):
     arguments, message = CASES[case]
     assert run(capsys, monkeypatch, *arguments) == (2, f"error: {message}\n")
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("no room"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: 64 PB"),
+    ],
+)
+def test_out_of_memory_is_no_bug_and_has_a_remedy(error):
+    failure = describe(error, rank=3)
+    assert (failure.bug, failure.exit_code) == (False, 1)
+    assert failure.message.startswith("rank 3 is out of memory: ")
+    assert "lower data.batch_size" in failure.message
+
+
+def test_the_frames_of_torchs_own_code_are_left_out():
+    error = RuntimeError("first line\nException raised from f at a.cpp:1 (most recent call first):\nframe #0: g")
+    assert describe(error).message == "RuntimeError: first line"

@@ -166,6 +166,13 @@ def test_a_malformed_override_is_refused(tmp_path, text):
         load_config(write(tmp_path / "a.toml", ""), [text])
 
 
+def test_an_override_is_utf8_in_any_locale(tmp_path):
+    path = write(tmp_path / "a.toml", "")
+    assert load_config(path, ['metrics.project="\udcc3\udca9"']).metrics.project == "\u00e9"
+    with pytest.raises(ConfigError, match="is not UTF-8 text"):
+        load_config(path, ['metrics.project="\udcff"'])
+
+
 def test_a_file_that_extends_itself_is_refused(tmp_path):
     path = write(tmp_path / "a.toml", 'extends = "b.toml"')
     write(tmp_path / "b.toml", 'extends = "a.toml"')
