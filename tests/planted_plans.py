@@ -62,21 +62,21 @@ def twin_not_updated(rank: int) -> None:
 
 def reduction_skipped_on_a_stage(rank: int) -> None:
     from armillary.comm import collectives
-    from armillary.parallel.pipeline import fsdp as pipeline_fsdp
+    from armillary.parallel.pipeline.fsdp import Sharded
 
-    reduce, honest = pipeline_fsdp.reduce, collectives.reduce_scatter
+    reduce, honest = Sharded.reduce, collectives.reduce_scatter
 
     def own(output, input, **facts):
         kept = input.view(-1, *output.shape)[facts["group"].rank()].clone()
         honest(output, input, **facts)
         output.copy_(kept)
 
-    def skipping(stage):
-        collectives.reduce_scatter = honest if stage.begins else own
-        reduce(stage)
+    def skipping(sharded):
+        collectives.reduce_scatter = honest if sharded.root.begins else own
+        reduce(sharded)
         collectives.reduce_scatter = honest
 
-    pipeline_fsdp.reduce = skipping
+    Sharded.reduce = skipping
 
 
 def places_off_by_one(rank: int) -> None:

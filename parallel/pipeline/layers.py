@@ -47,8 +47,6 @@ class _Problem:
     speeds: tuple[float, ...]
     memory: LayerCosts
     limits: tuple[float, ...]
-    least: Counts
-    """Layers that each stage holds at least."""
 
     def score(self, counts: Sequence[int]) -> Score:
         """Less is better: bytes over the limits, then the slowest rank's time, then how uneven the ranks are."""
@@ -65,43 +63,44 @@ def split_layers(
     speeds: Sequence[float] | None = None,
     memory: LayerCosts | None = None,
     limits: Sequence[float] | None = None,
-    empty_ends: bool = False,
 ) -> Counts:
-    """Layers of each stage, so that the slowest rank's time is the least there can be; then as even as it can be.
+    """Layers of each stage, at least one, so that the slowest rank's time is the least there can be; then as even as
+    can be.
 
     Exact with one stage a rank (dynamic programme), with layers that are all alike (greedy; costs grow by the same
     step each), and where all splits can be tried; otherwise a local search that moves one layer at a time.
 
     Args:
         work: cost of each layer, of the embedding and of the head.
-        stage_ranks: rank of each stage, see `schedule_actions.place_stages`.
+        stage_ranks: rank of each stage, see `schedule/actions.py`.
         speeds: relative, of each rank; equal if left out.
         memory: bytes of each layer, of the embedding and of the head.
         limits: bytes that each rank may hold; needs `memory`.
-        empty_ends: whether the first and the last stage may hold no layer, only the embedding or the head.
 
     Raises:
         ValueError: if there are more stages than layers, a speed is not positive, or nothing fits the limits.
     """
-    num_stages, num_ranks = len(stage_ranks), max(stage_ranks) + 1
-    _refuse_too_many_stages(len(work.layers), num_stages, empty_ends)
+    num_layers, num_stages, num_ranks = len(work.layers), len(stage_ranks), max(stage_ranks) + 1
+    if num_stages > num_layers:
+        raise ValueError(
+            f"{num_stages} pipeline stages (plan.pp times stages a rank) are more than model.num_layers = {num_layers} "
+            f"can fill; use at most {num_layers}"
+        )
     rates = tuple(speeds) if speeds is not None else (1.0,) * num_ranks
     if len(rates) != num_ranks or not all(0 < rate < math.inf for rate in rates):
         raise ValueError(f"speeds of the pipeline's ranks {rates}: give {num_ranks} positive numbers, one a rank")
-    no_bytes = LayerCosts((0.0,) * len(work.layers))
-    ends = (0, num_stages - 1) if empty_ends else ()
+    no_bytes = LayerCosts((0.0,) * num_layers)
     problem = _Problem(
         work,
         tuple(stage_ranks),
         rates,
         memory or no_bytes,
         tuple(limits) if limits is not None else (math.inf,) * num_ranks,
-        tuple(0 if stage in ends else 1 for stage in range(num_stages)),
     )
     counts = _solve(problem)
     if counts is None or problem.score(counts)[0] > 0:
         raise ValueError(
-            f"no split of {len(work.layers)} layers over plan.pp = {num_ranks} ranks fits their memory; use more "
+            f"no split of {num_layers} layers over plan.pp = {num_ranks} ranks fits their memory; use more "
             "ranks, smaller optim.micro_batches, or plan.recompute"
         )
     return counts
@@ -124,21 +123,6 @@ def given_layers(counts: Sequence[int], num_layers: int, num_stages: int) -> Cou
     return tuple(counts)
 
 
-def layers_of(counts: Sequence[int], stage: int) -> range:
-    """Indices of the layers that a stage holds."""
-    start = sum(counts[:stage])
-    return range(start, start + counts[stage])
-
-
-def _refuse_too_many_stages(num_layers: int, num_stages: int, empty_ends: bool) -> None:
-    room = num_layers + (min(2, num_stages - 1) if empty_ends else 0)
-    if num_stages > room:
-        raise ValueError(
-            f"{num_stages} pipeline stages (plan.pp times stages a rank) are more than model.num_layers = {num_layers} "
-            f"can fill; use at most {room}"
-        )
-
-
 def _solve(problem: _Problem) -> Counts | None:
     num_layers, num_stages = len(problem.work.layers), len(problem.stage_ranks)
     if len(set(problem.stage_ranks)) == num_stages:
@@ -146,21 +130,15 @@ def _solve(problem: _Problem) -> Counts | None:
     alike = len(set(problem.work.layers)) == 1 and len(set(problem.memory.layers)) == 1
     if alike:
         return _dealt(problem)
-    spare = num_layers - sum(problem.least)
-    if math.comb(spare + num_stages - 1, num_stages - 1) <= ENUMERABLE:
-        return min(_all_splits(problem.least, spare), key=problem.score)
-    return _improved(problem, _dealt(problem) or _evenly(problem.least, spare))
+    if math.comb(num_layers - 1, num_stages - 1) <= ENUMERABLE:
+        return min(_all_splits(num_layers, num_stages), key=problem.score)
+    evenly = tuple(num_layers // num_stages + (stage < num_layers % num_stages) for stage in range(num_stages))
+    return _improved(problem, _dealt(problem) or evenly)
 
 
-def _all_splits(least: Counts, spare: int) -> Iterator[Counts]:
-    last = spare + len(least) - 1
-    for bars in combinations(range(last), len(least) - 1):
-        edges = (-1, *bars, last)
-        yield tuple(low + edges[i + 1] - edges[i] - 1 for i, low in enumerate(least))
-
-
-def _evenly(least: Counts, spare: int) -> Counts:
-    return tuple(low + spare // len(least) + (i < spare % len(least)) for i, low in enumerate(least))
+def _all_splits(num_layers: int, num_stages: int) -> Iterator[Counts]:
+    for edges in combinations(range(1, num_layers), num_stages - 1):
+        yield tuple(end - start for start, end in pairwise((0, *edges, num_layers)))
 
 
 def _exact(problem: _Problem) -> Counts | None:
@@ -187,8 +165,8 @@ def _best_path(
         held_more = problem.memory.embedding * first + problem.memory.head * last
         reached: dict[int, tuple[float, Counts]] = {}
         for start, (so_far, counts) in best.items():
-            for end in range(num_layers if last else start + problem.least[stage], num_layers + 1):
-                if held[end] - held[start] + held_more > problem.limits[rank] or end - start < problem.least[stage]:
+            for end in range(max(start + 1, num_layers if last else 0), num_layers + 1):
+                if held[end] - held[start] + held_more > problem.limits[rank]:
                     continue
                 cost = join(so_far, value((work[end] - work[start] + work_more) / problem.speeds[rank]))
                 if cost < reached.get(end, (math.inf,))[0]:
@@ -207,7 +185,7 @@ def _dealt(problem: _Problem) -> Counts | None:
     alike = (layer,) * num_layers, (layer_bytes,) * num_layers
     work = LayerCosts(alike[0], problem.work.embedding, problem.work.head)
     memory = LayerCosts(alike[1], problem.memory.embedding, problem.memory.head)
-    counts = list(problem.least)
+    counts = [1] * len(problem.stage_ranks)
     stages, times = work.of_stages(counts), work.of_ranks(counts, problem.stage_ranks)
     held = memory.of_ranks(counts, problem.stage_ranks)
     for _ in range(num_layers - sum(counts)):
@@ -231,7 +209,7 @@ def _improved(problem: _Problem, counts: Counts) -> Counts:
         improved = False
         for source in range(len(counts)):
             for target in range(len(counts)):
-                if source == target or best[source] <= problem.least[source]:
+                if source == target or best[source] == 1:
                     continue
                 moved = tuple(c - (i == source) + (i == target) for i, c in enumerate(best))
                 if (other := problem.score(moved)) < score:

@@ -16,14 +16,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from armillary.comm.ledger import Ledger
-from armillary.parallel.pipeline import fsdp as pipeline_fsdp
 from armillary.parallel.pipeline.mail import Letter, Mail
 from armillary.parallel.pipeline.stage import HiddenShape, Stage
 from armillary.parallel.pipeline.torch_runtime import Runtime
 from armillary.parallel.runner import Part
 from armillary.parallel.schedule.actions import Schedule
-
-__all__ = ["HiddenShape", "Pipeline"]
 
 
 class Pipeline:
@@ -127,7 +124,7 @@ class Pipeline:
     def reshard(self) -> None:
         """Frees the weights that an evaluation has gathered."""
         for stage in self._stages:
-            pipeline_fsdp.reshard(stage.submod)
+            stage.sharded.reshard()
 
     @property
     def is_clear(self) -> bool:

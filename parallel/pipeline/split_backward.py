@@ -1,7 +1,7 @@
 """A backward pass in two parts: to the inputs at once, to the weights of linear layers later.
 
 A schedule that splits backward (zero bubble) wants what other ranks wait for first. Here a linear layer's node computes
-the gradient of its input and puts off that of its weight: it keeps the layer's input and the gradient of its output.
+the gradient of its input and puts off that of its weight (pipeline/later.py).
 Everything else, whose weights' gradients cost little (norms, embedding) or are known since the forward pass (the loss),
 is computed in the first part. So the graph is run once and freed: what is recomputed is recomputed once, and functions
 of our own need no care. torch's way (`stage_backward_input`, `stage_backward_weight`) runs parts of the graph twice,
@@ -18,17 +18,8 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.autograd.function import once_differentiable
 
+from armillary.parallel.pipeline.later import Later
 from armillary.parallel.tensor.project import Enter
-
-Owed = list[tuple[Tensor, Tensor | None, Tensor, Tensor]]
-"""Weight (out, in), bias, input (tokens, in), gradient of the output (tokens, out), of each layer."""
-
-
-class Later:
-    """Where a stage's linear layers put what they owe; None while they are to compute it at once."""
-
-    def __init__(self) -> None:
-        self.owed: Owed | None = None
 
 
 def split_backward(module: nn.Module) -> Later:
@@ -74,21 +65,4 @@ class _Linear(torch.autograd.Function):
         d_x = gradient @ weight if need_x else None
         num_rows = x.shape[:-1].numel()
         rows, d_rows = (tensor.reshape(num_rows, tensor.shape[-1]) for tensor in (x, gradient))
-        if ctx.later.owed is not None and need_weight:
-            ctx.later.owed.append((ctx.parameters[0], ctx.parameters[1] if need_bias else None, rows, d_rows))
-            return d_x, None, None, None
-        return d_x, d_rows.t() @ rows if need_weight else None, d_rows.sum(0) if need_bias else None, None
-
-
-@torch.no_grad()
-def pay(owed: Owed) -> None:
-    """Adds the gradients that were put off to the parameters'; empties the list as it goes."""
-    while owed:
-        weight, bias, rows, d_rows = owed.pop()
-        if weight.grad is None:
-            weight.grad = d_rows.t() @ rows
-        else:
-            weight.grad.addmm_(d_rows.t(), rows)
-        if bias is not None:
-            total = d_rows.sum(0)
-            bias.grad = total if bias.grad is None else bias.grad.add_(total)
+        return d_x, *ctx.later.gradients(ctx.parameters, rows, d_rows, (need_weight, need_bias)), None

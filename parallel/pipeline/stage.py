@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from armillary.kernels.attention.places import Places
-from armillary.parallel.pipeline import fsdp as pipeline_fsdp
+from armillary.parallel.pipeline.fsdp import Sharded
+from armillary.parallel.pipeline.later import Later, Owed, pay
 from armillary.parallel.pipeline.mail import Letter, Mail
-from armillary.parallel.pipeline.split_backward import Later, Owed, pay, split_backward
+from armillary.parallel.pipeline.split_backward import split_backward
 from armillary.parallel.runner import Part
 
 HiddenShape = Callable[[Places], tuple[int, ...]]
@@ -39,7 +40,8 @@ class Stage:
         self.stage_index_to_group_rank: dict[int, int] = {}
         self._later = split_backward(module) if splits_backward else Later()
         self.stream: torch.cuda.Stream | None = None
-        pipeline_fsdp.stay_gathered(module)
+        self.sharded = Sharded(module)
+        self.sharded.stay_gathered()
         self.begin((), torch.ones((), device=self.device))
 
     @property
@@ -56,8 +58,8 @@ class Stage:
         self.total = torch.zeros((), device=self.device, dtype=torch.float64)
         self.clear_runtime_states()
         # An evaluation may have left weights gathered that have changed since.
-        pipeline_fsdp.reshard(self.submod)
-        pipeline_fsdp.hold(self.submod)
+        self.sharded.reshard()
+        self.sharded.hold()
 
     def clear_runtime_states(self) -> None:
         self._inputs: dict[int, Tensor] = {}
@@ -67,7 +69,7 @@ class Stage:
         self._kept: dict[int, tuple[Tensor, GradientEdge]] = {}
         self._output_gradients: dict[int, Tensor] = {}
         self._input_gradients: dict[int, Tensor] = {}
-        self._owed: dict[int, Owed] = {}
+        self._owed: dict[int, list[Owed]] = {}
 
     @property
     def is_clear(self) -> bool:
@@ -160,13 +162,13 @@ class Stage:
         """Computes what a backward with `full_backward=False` has put off."""
         with self.on_stream():
             pay(self._owed.pop(micro_batch))
-            pipeline_fsdp.widen(self.submod)
+            self.sharded.widen()
 
     def perform_reduce_grad(self, grad_scale_factor: int = 1) -> None:
         """Reduces gradients over the stage's ranks, once a step."""
         assert grad_scale_factor == 1, grad_scale_factor
         with self.on_stream():
-            pipeline_fsdp.reduce(self.submod)
+            self.sharded.reduce()
 
     def _use(self, tensor: Tensor) -> Tensor:
         """Tells the allocator that a tensor made on another stream is used on the stage's."""

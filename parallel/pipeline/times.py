@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from armillary.comm.collectives import all_reduce
 from armillary.comm.ledger import Ledger
-from armillary.parallel.pipeline import fsdp as pipeline_fsdp
 from armillary.parallel.pipeline.mail import Letter, Mail
 from armillary.parallel.pipeline.stage import HiddenShape, Stage
 from armillary.parallel.runner import Part
@@ -90,6 +89,6 @@ def _round(stage: Stage, part: Part) -> Times:
     backward = timed(lambda: stage.backward_one_chunk(0, full_backward=False))
     weights = timed(lambda: stage.backward_weight_one_chunk(0))
     stage.clear_runtime_states()
-    pipeline_fsdp.reduce(stage.submod)
-    pipeline_fsdp.reshard(stage.submod)
+    stage.sharded.reduce()
+    stage.sharded.reshard()
     return forward, backward, weights

@@ -32,7 +32,7 @@ class Runtime(_PipelineScheduleRuntime):
         schedule = schedule if overlap else schedule.flat()
         lines = schedule.lines().items()
         self._prepare_schedule_with_comms({rank: [_Action.from_str(line) for line in order] for rank, order in lines})
-        self._own = {stage.stage_index: stage for stage in stages}
+        self._own: dict[int, Any] = {stage.stage_index: stage for stage in stages}
         if overlap and schedule.overlaps:
             self._worker = ThreadPoolExecutor(1, thread_name_prefix="pipeline-backward")
             self.register_custom_function(OVERLAP_F_B, self._overlapped)
@@ -78,7 +78,7 @@ class Runtime(_PipelineScheduleRuntime):
         """A forward or a backward, as the runtime itself would compute it."""
         stage, micro_batch = self._own[action.stage_index], action.microbatch_index
         assert micro_batch is not None
-        self._assert_unsharded(stage)  # type: ignore[arg-type]
+        self._assert_unsharded(stage)
         if action.computation_type == FORWARD:
             self.fwd_recv_ops.pop((stage.stage_index, micro_batch), None)
             output = stage.forward_one_chunk(micro_batch)

@@ -37,7 +37,7 @@ def cut_to_rank(model: nn.Module, cuts: dict[str, Cut], *, group: dist.ProcessGr
         _shrink(model.get_submodule(layer), last, cuts[name].local_shape(rank))
     for block in model.blocks.values():  # type: ignore[operator]
         for part, names in ((block.attention, ("query", "key", "value")), (block.ffn, ("gate", "up"))):
-            picks = [Pick.of(getattr(part, name), number) for number, name in enumerate(names)]
+            picks = [Pick(getattr(part, name), number) for number, name in enumerate(names)]
             for name, pick in zip(names, picks, strict=True):
                 setattr(part, name, pick)
             part.enter, part.leave = Enter(picks, stream), Leave(stream)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from armillary.parallel.pipeline.later import Later
 from armillary.parallel.tensor.stream import Grid, Stream
 
 
@@ -26,9 +27,7 @@ class Enter(nn.Module):
         """`layers` keep their parameters, which are read inside the forward pass, where FSDP has gathered them."""
         super().__init__()
         self.layers, self.project = tuple(layers), torch.compiler.disable(self._project)
-        self.stream = stream
-        self.later: Any = None
-        """A pipeline's `pipeline_split.Later`."""
+        self.stream, self.later = stream, Later()
 
     def forward(self, x: Tensor, grid: Grid) -> tuple[Tensor, ...]:
         return self.project(x, grid)
@@ -38,31 +37,26 @@ class Enter(nn.Module):
         return _Project.apply(x, grid, self.stream, self.later, len(weights), *weights, *biases)
 
 
-class Pick(nn.Linear):
-    """A projection that `Enter` has computed: called with all, it gives its own."""
+class Pick(nn.Module):
+    """A projection that `Enter` has computed, with a linear layer's parameters: called with all, it gives its own."""
 
-    number: int
+    def __init__(self, layer: nn.Linear, number: int) -> None:
+        super().__init__()
+        self.weight, self.bias, self.number = layer.weight, layer.bias, number
 
-    @classmethod
-    def of(cls, layer: nn.Linear, number: int) -> "Pick":
-        """With the layer's parameters."""
-        made = cls(layer.in_features, layer.out_features, bias=False, device="meta")
-        made.weight, made.bias, made.number = layer.weight, layer.bias, number
-        return made
-
-    def forward(self, projections: tuple[Tensor, ...]) -> Tensor:  # type: ignore[override]
+    def forward(self, projections: tuple[Tensor, ...]) -> Tensor:
         return projections[self.number]
 
 
 class _Project(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, grid: Grid, stream: Stream, later: Any, count: int, *factors: Any) -> Any:
+    def forward(ctx: Any, x: Tensor, grid: Grid, stream: Stream, later: Later, count: int, *factors: Any) -> Any:
         full = stream.gather(x, grid)
         weights, biases = factors[:count], factors[count:]
-        ctx.stream, ctx.later, ctx.count = stream, later, count
+        ctx.stream, ctx.later = stream, later
         # As in pipeline/split_backward.py: what is saved may come back detached, and gradients put off need the
         # parameters.
-        ctx.factors = None if later is None else factors
+        ctx.layers = tuple(zip(weights, biases, strict=True))
         ctx.save_for_backward(full, *weights)
         return tuple(F.linear(full, weight, bias) for weight, bias in zip(weights, biases, strict=True))
 
@@ -70,7 +64,8 @@ class _Project(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         full, *weights = ctx.saved_tensors
-        need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
+        need_x, count = ctx.needs_input_grad[0], len(weights)
+        need = zip(ctx.needs_input_grad[5 : 5 + count], ctx.needs_input_grad[5 + count :], strict=True)
         flat = [gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]
         arrive = None
         if need_x:
@@ -78,18 +73,7 @@ class _Project(torch.autograd.Function):
             for gradient, weight in zip(flat[1:], weights[1:], strict=True):
                 d_full.addmm_(gradient, weight)
             arrive = ctx.stream.start_scatter(d_full.view(full.shape))
-        d_factors = _of_factors(ctx, full.view(-1, full.shape[-1]), flat, need)
-        return None if arrive is None else arrive(), None, None, None, None, *d_factors
-
-
-def _of_factors(ctx: Any, inputs: Tensor, gradients: list[Tensor], need: tuple[bool, ...]) -> list[Tensor | None]:
-    """Gradients of the weights, then of the biases; None for those that are put off."""
-    count = ctx.count
-    if ctx.later is None or ctx.later.owed is None:
-        d_weights = [g.t() @ inputs if needed else None for g, needed in zip(gradients, need[:count], strict=True)]
-        return d_weights + [g.sum(0) if needed else None for g, needed in zip(gradients, need[count:], strict=True)]
-    for number, gradient in enumerate(gradients):
-        if need[number]:
-            bias = ctx.factors[count + number] if need[count + number] else None
-            ctx.later.owed.append((ctx.factors[number], bias, inputs, gradient))
-    return [None] * 2 * count
+        inputs = full.view(-1, full.shape[-1])
+        pairs = [ctx.later.gradients(*each) for each in zip(ctx.layers, [inputs] * count, flat, need, strict=True)]
+        d_weights, d_biases = zip(*pairs, strict=True)
+        return None if arrive is None else arrive(), None, None, None, None, *d_weights, *d_biases

@@ -1,6 +1,6 @@
 """The residual stream as tensor ranks share it (sequence parallelism), and the ways in and out of it.
 
-Between blocks a rank holds flat tokens (rows, dim), see `tensor_cuts.hidden_shape`. Before projections all ranks gather
+Between blocks a rank holds flat tokens (rows, dim), see `tensor/cuts.py`. Before projections all ranks gather
 all tokens; after them each has a sum over its own heads or channels, (batch, seq, dim), and the ranks' sums are added
 and shared out again. Each way is the other's backward. Source: Korthikanti et al. 2022 (sequence parallelism).
 

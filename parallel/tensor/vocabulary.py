@@ -62,8 +62,7 @@ class VocabHead(nn.Module):
         return self._reduce(tensor, dist.ReduceOp.SUM)
 
     def _reduce(self, tensor: Tensor, operation: Any) -> Tensor:
-        talk = {"group": self.stream.group, "ledger": self.stream.ledger, "purpose": PURPOSE}
-        return all_reduce(tensor, op=operation, **talk)  # type: ignore[arg-type]
+        return all_reduce(tensor, group=self.stream.group, ledger=self.stream.ledger, purpose=PURPOSE, op=operation)
 
 
 class _Logits(torch.autograd.Function):

@@ -10,8 +10,9 @@ from pipeline_cases import VOCAB, Case, whole_model
 from torch import nn
 
 from armillary.parallel.pipeline.cut_model import cut_to_stage
+from armillary.parallel.pipeline.later import pay
 from armillary.parallel.pipeline.mail import bytes_sent
-from armillary.parallel.pipeline.split_backward import pay, split_backward
+from armillary.parallel.pipeline.split_backward import split_backward
 from armillary.parallel.schedule.actions import place_stages
 
 BLOCK = {"attention_norm", "attention", "ffn_norm", "ffn"}

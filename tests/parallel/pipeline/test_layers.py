@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from armillary.parallel.pipeline.layers import LayerCosts, given_layers, layers_of, split_layers
+from armillary.parallel.pipeline.layers import LayerCosts, given_layers, split_layers
 from armillary.parallel.schedule.actions import place_stages
 
 COST = st.integers(1, 9).map(float)
@@ -91,13 +91,6 @@ def test_long_models_with_unlike_layers_and_many_stages():
     assert max(costs) <= sum(costs) / 8 + 2
 
 
-def test_ends_may_be_empty_on_request():
-    work = LayerCosts((1.0,) * 4, 5.0, 5.0)
-    assert split_layers(work, place_stages(4, 1), empty_ends=True) == (0, 2, 2, 0)
-    assert split_layers(work, place_stages(6, 1), empty_ends=True) == (0, 1, 1, 1, 1, 0)
-    assert split_layers(work, place_stages(4, 1)) == (1, 1, 1, 1)
-
-
 def test_more_stages_than_layers_are_refused():
     with pytest.raises(ValueError, match=r"8 pipeline stages .* model.num_layers = 6 .* at most 6"):
         split_layers(LayerCosts((1.0,) * 6), place_stages(4, 2))
@@ -114,7 +107,6 @@ def test_speeds_are_positive():
 
 def test_layers_that_a_user_gives():
     assert given_layers([0, 3, 5, 0], 8, 4) == (0, 3, 5, 0)
-    assert [layers_of((2, 3, 1), stage) for stage in range(3)] == [range(2), range(2, 5), range(5, 6)]
     for counts, message in (
         ([4, 4], "2 numbers; give one for each of the 4"),
         ([2, 2, 2, 3], "adds up to 9; it must be model.num_layers = 8"),

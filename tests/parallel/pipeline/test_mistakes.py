@@ -4,8 +4,8 @@ import pytest
 import torch
 from pipeline_cases import Case, on_rank, problems
 
-from armillary.parallel.pipeline import split_backward as pipeline_split
-from armillary.parallel.pipeline import stage as pipeline_stage
+from armillary.parallel.pipeline import stage
+from armillary.parallel.pipeline.later import pay
 from armillary.parallel.pipeline.mail import Mail
 
 
@@ -28,30 +28,28 @@ def turn_gradients(rank: int) -> None:
 
 def scale_the_loss(rank: int) -> None:
     """The divisor is that of another number of micro-batches."""
-    begin = pipeline_stage.Stage.begin
-    pipeline_stage.Stage.begin = lambda self, parts, divisor: begin(self, parts, divisor * max(1, len(parts)))
+    begin = stage.Stage.begin
+    stage.Stage.begin = lambda self, parts, divisor: begin(self, parts, divisor * max(1, len(parts)))
 
 
 def forget_a_weight(rank: int) -> None:
     """Of what was put off, the last is never computed."""
-    pay = pipeline_split.pay
-    pipeline_stage.pay = lambda owed: pay(owed[:-1])
+    stage.pay = lambda owed: pay(owed[:-1])
 
 
 def forget_a_bias(rank: int) -> None:
-    pay = pipeline_split.pay
-    pipeline_stage.pay = lambda owed: pay([(weight, None, x, d) for weight, _, x, d in owed])
+    stage.pay = lambda owed: pay([one._replace(bias=None) for one in owed])
 
 
 def keep_the_last_step(rank: int) -> None:
     """A step's gradients replace those of the step before."""
-    begin = pipeline_stage.Stage.begin
+    begin = stage.Stage.begin
 
     def forgetful(self, parts, divisor):
         self.submod.zero_grad()
         begin(self, parts, divisor)
 
-    pipeline_stage.Stage.begin = forgetful
+    stage.Stage.begin = forgetful
 
 
 MISTAKES = {

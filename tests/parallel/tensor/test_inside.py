@@ -15,7 +15,8 @@ from armillary.kernels.attention.mask import Mask
 from armillary.parallel.context.core import ContextCore
 from armillary.parallel.context.layout import lay_out
 from armillary.parallel.partition import shard
-from armillary.parallel.pipeline.split_backward import pay, split_backward
+from armillary.parallel.pipeline.later import pay
+from armillary.parallel.pipeline.split_backward import split_backward
 from armillary.parallel.plan import Partition
 from armillary.parallel.tensor import cut_model as tensor
 from armillary.parallel.tensor import replicas as tensor_replicas
@@ -191,7 +192,7 @@ def order_of_events(rank: int) -> list[str]:
         return call
 
     stream = tensor_stream.Stream(dist.group.WORLD, Ledger())
-    layers = [Pick.of(torch.nn.Linear(3, 2), number) for number in range(2)]
+    layers = [Pick(torch.nn.Linear(3, 2), number) for number in range(2)]
     out = Enter(layers, stream)(torch.randn(3, 3, requires_grad=True), (2, 3))
     tensor_stream.start_reduce_scatter = noted("start", start)
     collectives.Scattering.wait = noted("wait", wait)
