@@ -128,4 +128,6 @@ def split_rows(tensor: Tensor) -> tuple[Tensor, ...]:
     Views where the tensor is contiguous, so that results may be written into them.
     """
     rows = tensor.reshape(-1, tensor.shape[-1])
-    return rows.split(CPU_ROWS if tensor.device.type == "cpu" else max(1, rows.shape[0]))
+    # Without `split` where there is nothing to split: it takes as long as the norm of a row.
+    whole = rows.device.type != "cpu" or len(rows) <= CPU_ROWS
+    return (rows,) if whole else rows.split(CPU_ROWS)

@@ -63,6 +63,8 @@ class Held:
     @torch.no_grad()
     def complete_gradients(self) -> None:
         """Adds up what replicas and twins have of each gradient. Once a step, after the last backward."""
+        if self.ranks.tensor.size() == 1 and not self._is_tied:
+            return
         gradients = {name: local(p.grad) for name, p in self.parameters().items() if p.grad is not None}
         if self.ranks.tensor.size() > 1:
             sum_replicas(gradients, self.cuts, group=self.ranks.tensor, ledger=self.ranks.ledger)

@@ -103,12 +103,14 @@ class Muon(Optimizer):
         shapes = [self.spreads[p].shape if p in self.spreads else (p.shape[0], p.shape[1]) for p in matrices]
         for bucket in plan_buckets(shapes, 1 if alone else group.size(), BUCKET_ELEMENTS):  # type: ignore[union-attr]
             members = [matrices[index] for index, _ in bucket]
-            directions = [self._direction(p, settings["momentum"]) for p in members]
+            directions = (self._direction(p, settings["momentum"]) for p in members)
+            updates: Iterable[Tensor]
             if group is None or alone:
-                updates = [orthogonalise(direction) for direction in directions]
+                # One matrix after the other, so that no more than one is held beside the weights.
+                updates = map(orthogonalise, directions)
             else:
                 spreads, owners = [self.spreads[p] for p in members], [owner for _, owner in bucket]
-                updates = orthogonalise_shards(directions, spreads, owners, group=group, ledger=self.ledger)
+                updates = orthogonalise_shards(list(directions), spreads, owners, group=group, ledger=self.ledger)
             for parameter, update, (index, _) in zip(members, updates, bucket, strict=True):
                 rows, columns = shapes[index]
                 weight = local(parameter)
