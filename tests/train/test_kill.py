@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import world as ranks
+from tiny_run import write_run
 
 from armillary.parallel.mesh import make_ranks
 from armillary.train.checkpoint.store import complete, read_manifest
@@ -31,32 +32,16 @@ class Plan:
     steps: int
 
     def config(self) -> RunConfig:
-        return load_config("run.toml", [*self.overrides, f"optim.steps={self.steps}"])
+        settings = [f"optim.steps={self.steps}", f"checkpoint.every={EVERY}"]
+        return load_config("run.toml", [*self.overrides, *settings])
 
 
+EVERY = 2
+"""Steps from one checkpoint to the next."""
 PLANS = {
-    "dp=2": Plan(("plan.dp=2",), 2, 30, 400),
+    "dp=2": Plan(("plan.dp=2",), 2, 30, 200),
     "pp=2,tp=2": Plan(("plan.pp=2", "plan.tp=2", "optim.micro_batches=2"), 4, 6, 60),
 }
-CONFIG = """
-[model]
-dim = 24
-num_layers = 2
-num_heads = 3
-vocab_size = 257
-[data]
-sequence_length = 64
-batch_size = 6
-tokenizer = "bytes"
-sources = [{path = "text.txt"}]
-cache = "cache"
-[optim]
-precision = "float32"
-[checkpoint]
-every = 3
-[metrics]
-wandb = "off"
-"""
 
 
 def train(rank: int, folder: str, plan: str, run: str, attempt: str) -> None:
@@ -75,26 +60,45 @@ def newest_step() -> int:
     return int(found[0].name[-8:]) if found else 0
 
 
-def wait_for_the_moment(chance: random.Random) -> None:
-    """While the run starts, or some checkpoints later and a little more: at any point of a step or of a save."""
-    if chance.random() < 0.3:
-        time.sleep(chance.uniform(0, 1))
-        return
-    goal, deadline = newest_step() + 3 * chance.randint(1, 4), time.monotonic() + 60
-    while newest_step() < goal and time.monotonic() < deadline:
-        time.sleep(0.002)
-    time.sleep(chance.uniform(0, 0.2))
+class Moments:
+    """When to kill: at any point of the start, or of the steps and the save between two checkpoints, however fast the
+    machine is just now."""
+
+    def __init__(self) -> None:
+        self.chance = random.Random(0)
+        self.start_seconds = 0.0
+        """What the latest start took, up to its first checkpoint."""
+
+    def wait(self) -> None:
+        if self.start_seconds and self.chance.random() < 0.3:
+            time.sleep(self.chance.uniform(0, self.start_seconds))
+            return
+        began = last = time.monotonic()
+        for number in range(self.chance.randint(1, 3)):
+            wait_for_a_checkpoint()
+            before, last = last, time.monotonic()
+            if number == 0:
+                self.start_seconds = last - began
+        cycle = min(last - before, self.start_seconds / 4)
+        time.sleep(self.chance.uniform(0, cycle))
 
 
-def kill_at_random(chance: random.Random, plan: str, attempt: str) -> None:
+def wait_for_a_checkpoint() -> None:
+    known, deadline = newest_step(), time.monotonic() + 60
+    while newest_step() == known and time.monotonic() < deadline:
+        time.sleep(0.004)
+
+
+def kill_at_random(moments: Moments, plan: str, attempt: str) -> None:
     """Starts the run, or goes on with it, and kills one rank or all of them after a while."""
+    chance = moments.chance
     with tempfile.TemporaryDirectory() as folder:
         processes, _ = ranks.start(train, PLANS[plan].num_ranks, folder, os.getcwd(), plan, "broken", attempt)
-        wait_for_the_moment(chance)
+        moments.wait()
         victims = processes if chance.random() < 0.5 else [chance.choice(processes)]
         for process in victims:
             os.kill(process.pid, signal.SIGKILL)
-        time.sleep(chance.uniform(0, 0.1))
+        time.sleep(chance.uniform(0, 0.05))
         for process in processes:
             process.kill()
             process.join()
@@ -110,17 +114,16 @@ def losses(run: str) -> dict[int, float]:
 def test_kills(tmp_path, monkeypatch, plan):
     case = PLANS[plan]
     monkeypatch.chdir(tmp_path)
-    Path("text.txt").write_text("\n".join(f"{number} times {number} is {number**2}" for number in range(2000)))
-    Path("run.toml").write_text(CONFIG)
+    write_run(tmp_path)
     dataset = prepare(case.config().data)
     for name in ("whole", "broken"):
         create_run(case.config(), "run.toml", name, dataset.tokenizer)
     ranks.run(train, case.num_ranks, str(tmp_path), plan, "whole", "one")
 
-    chance = random.Random(0)
+    moments = Moments()
     reached = []
     for kill in range(case.kills):
-        kill_at_random(chance, plan, f"attempt{kill}")
+        kill_at_random(moments, plan, f"attempt{kill}")
         reached.append(newest_step())
     # The kills hit a run that got on between them and was not yet done, or they prove nothing.
     assert 0 < reached[-1] < case.steps
