@@ -7,12 +7,17 @@ from typing import Any
 import pytest
 import torch
 import world as ranks
+from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 if not torch.cuda.is_available():
     # Triton reads it when it is first imported, its own library included: see tests/interpreter.py.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# How long an example takes says nothing on a machine that is busy.
+settings.register_profile("tests", deadline=None)
+settings.load_profile("tests")
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ import json
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from armillary.train.guard import Guard, GuardConfig, Verdict
@@ -46,7 +46,6 @@ def test_no_budget_at_all_stops_at_once() -> None:
     assert judge_all(Guard(GuardConfig(max_skips=0, max_rollbacks=0)), "x") == ["stop"]
 
 
-@settings(deadline=None)
 @given(st.text("x.", max_size=80), st.integers(0, 4), st.integers(0, 4))
 def test_the_policy_as_counted_from_runs_of_bad_steps(steps: str, max_skips: int, max_rollbacks: int) -> None:
     expected: list[str] = []
@@ -63,7 +62,6 @@ def test_the_policy_as_counted_from_runs_of_bad_steps(steps: str, max_skips: int
     assert judge_all(Guard(GuardConfig(max_skips=max_skips, max_rollbacks=max_rollbacks)), steps) == expected
 
 
-@settings(deadline=None)
 @given(st.text("x.", max_size=40), st.text("x.", max_size=40))
 def test_a_restored_guard_goes_on_as_the_first_would(before: str, after: str) -> None:
     guard, resumed = Guard(GuardConfig()), Guard(GuardConfig())

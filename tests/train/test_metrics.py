@@ -59,7 +59,7 @@ def test_rows_and_events_come_back_with_time(tmp_path: Path) -> None:
     assert (first["event"], last["event"], last["status"], last["message"]) == ("open", "close", "finished", "done")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.dictionaries(
         st.sampled_from(["train/loss", "eval/loss", "perf/mfu"]), st.floats() | st.integers(-(2**63), 2**63), max_size=3

@@ -270,7 +270,7 @@ def cuts_of_a_model(draw):
 
 
 @given(cuts=cuts_of_a_model(), plane=st.integers(1, 7), other=st.integers(1, 7))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_the_boxes_of_all_ranks_that_speak_tile_every_tensor(cuts, plane, other):
     for name, cut in cuts.items():
         boxes = [
