@@ -117,8 +117,11 @@ def _backward(
         product = slope * rows
         d_weight.addmv_(product.t(), scale[:, 0])
         pull = torch.mv(product, wide_weight)[:, None] * scale.pow(3) / -x.shape[-1]
-        torch.mul(slope, scale, out=product).mul_(wide_weight).addcmul_(rows, pull)
-        result.copy_(product if more is None else product.add_(more))
+        torch.mul(slope, scale, out=product).mul_(wide_weight)
+        if more is None:
+            torch.addcmul(product, rows, pull, out=result)
+        else:
+            torch.add(product.addcmul_(rows, pull), more, out=result)
     return d_x, d_weight.to(weight.dtype)
 
 
