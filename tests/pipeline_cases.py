@@ -1,6 +1,7 @@
 """Pipelines beside one process: small models in float64, micro-batches of unlike shapes."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,21 +128,26 @@ def stages_of(case: Case, schedule: Schedule, rank: int) -> list[Transformer]:
     return stages
 
 
+def pipeline_of(
+    case: Case,
+    ledger: Ledger,
+    group: dist.ProcessGroup | None = None,
+    prepare: Callable[[Transformer], None] = lambda stage: None,
+) -> tuple[Pipeline, list[Transformer]]:
+    """This rank's part of a case's pipeline, and its stages, which `prepare` has changed."""
+    group = group or dist.group.WORLD
+    schedule = case.plan(group.size())
+    stages = stages_of(case, schedule, group.rank())
+    for stage in stages:
+        prepare(stage)
+    where = {"group": group, "ledger": ledger, "device": torch.device("cpu")}
+    return Pipeline(stages, schedule, dtype=torch.float64, hidden=hidden, overlap=case.overlap, **where), stages
+
+
 def on_rank(rank: int, case: Case) -> tuple[list[float], list[float], dict[str, np.ndarray]]:
     """What `alone` gives, of one rank's stages; checks bytes and that nothing is left."""
-    schedule, ledger, group = case.plan(dist.get_world_size()), Ledger(), dist.group.WORLD
-    stages = stages_of(case, schedule, rank)
-    pipeline = Pipeline(
-        stages,
-        schedule,
-        group=group,
-        ledger=ledger,
-        device=torch.device("cpu"),
-        dtype=torch.float64,
-        hidden=hidden,
-        overlap=case.overlap,
-    )
-    return run_pipeline(case, pipeline, stages, ledger, rank)
+    ledger = Ledger()
+    return run_pipeline(case, *pipeline_of(case, ledger), ledger, rank)
 
 
 def run_pipeline(

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from armillary.comm.ledger import Ledger
 from armillary.kernels.attention.places import Places
-from armillary.parallel.cut import Box, Cut
+from armillary.parallel.cut import Cut
+from armillary.parallel.held import part_of
 from armillary.parallel.tensor.cut_model import cut_to_rank
 from armillary.parallel.tensor.cuts import tensor_cuts
 from armillary.parallel.tensor.replicas import sum_replicas
@@ -82,12 +83,6 @@ def weights_of(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
     return {name: parameter.detach().to(dtype) for name, parameter in model.named_parameters()}
-
-
-def part_of(whole: Tensor, box: Box) -> Tensor:
-    for dim, (offset, size) in enumerate(zip(*box, strict=True)):
-        whole = whole.narrow(dim, offset, size)
-    return whole
 
 
 def make(case: Case, dtype: torch.dtype) -> Transformer:

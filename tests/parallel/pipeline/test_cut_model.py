@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pipeline_cases import VOCAB, Case, whole_model
+from pipeline_cases import Case, whole_model
 from torch import nn
 
 from armillary.parallel.pipeline.cut_model import cut_to_stage
@@ -15,22 +15,12 @@ from armillary.parallel.pipeline.mail import bytes_sent
 from armillary.parallel.pipeline.split_backward import split_backward
 from armillary.parallel.schedule.actions import place_stages
 
-BLOCK = {"attention_norm", "attention", "ffn_norm", "ffn"}
-
 
 def kept(tied: bool, layers: range, begins: bool, ends: bool) -> set[str]:
-    with torch.device("meta"):
-        model = whole_model_on_meta(tied)
+    model = whole_model(Case(tied=tied), 3)
     cut_to_stage(model, layers, begins, ends)
     assert (model.begins, model.ends) == (begins, ends)
     return {name.split(".attention")[0].split(".ffn")[0] for name, _ in model.named_parameters()}
-
-
-def whole_model_on_meta(tied: bool):
-    from armillary.train.model.shape import ModelConfig
-    from armillary.train.model.transformer import Transformer
-
-    return Transformer(ModelConfig(dim=16, num_layers=4, num_heads=2, vocab_size=VOCAB, tie_embeddings=tied))
 
 
 def test_a_stage_keeps_its_own():

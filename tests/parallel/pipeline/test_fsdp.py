@@ -3,42 +3,22 @@
 import pytest
 import torch
 import torch.distributed as dist
-from pipeline_cases import Case, hidden, parts_of, problems, run_pipeline, stages_of
+from pipeline_cases import Case, parts_of, pipeline_of, problems, run_pipeline
 from torch.distributed.device_mesh import init_device_mesh
 
 from armillary.comm.ledger import Ledger
 from armillary.parallel.partition import shard
-from armillary.parallel.pipeline.runner import Pipeline
 from armillary.parallel.plan import Partition
 
 PIPELINE = 2
 
 
-def sharded(case: Case, ledger: Ledger, compute: torch.dtype = torch.float64):
-    """This rank's stages, each an FSDP root over pairs of ranks, and their pipeline; and the rank in the pair."""
+def sharded(case: Case, ledger: Ledger):
+    """A pipeline of this rank's stages, each an FSDP root over pairs of ranks; the stages, and the rank in the pair."""
     mesh = init_device_mesh("cpu", (PIPELINE, 2), mesh_dim_names=("pp", "plane"))
-    group = mesh["pp"].get_group()
-    schedule = case.plan(PIPELINE)
-    stages = stages_of(case, schedule, group.rank())
-    for stage in stages:
-        shard(
-            stage,
-            Partition(weights="all"),
-            mesh=mesh["plane"],
-            compute=compute,
-            ledger=ledger,
-        )
-    pipeline = Pipeline(
-        stages,
-        schedule,
-        group=group,
-        ledger=ledger,
-        device=torch.device("cpu"),
-        dtype=compute,
-        hidden=hidden,
-        overlap=case.overlap,
-    )
-    return pipeline, stages, mesh["plane"].get_local_rank()
+    facts = {"mesh": mesh["plane"], "compute": torch.float64, "ledger": ledger}
+    made = pipeline_of(case, ledger, mesh["pp"].get_group(), lambda stage: shard(stage, Partition(), **facts))
+    return *made, mesh["plane"].get_local_rank()
 
 
 def on_rank(rank: int, case: Case):
@@ -66,18 +46,22 @@ def test_same_as_one_process(world, case):
     assert not wrong, "\n".join(wrong)
 
 
-def traffic(rank: int, case: Case) -> dict[str, int]:
-    ledger = Ledger()
-    pipeline, _, copy_number = sharded(case, ledger)
-    pipeline.forward_backward(parts_of(case, 0, copy_number), torch.tensor(3))
-    dist.barrier()
-    return ledger.by_purpose()
+def traffic(rank: int, cases: list[Case]) -> list[dict[str, int]]:
+    """Bytes of a step of each case."""
+    found = []
+    for case in cases:
+        ledger = Ledger()
+        pipeline, _, copy_number = sharded(case, ledger)
+        pipeline.forward_backward(parts_of(case, 0, copy_number), torch.tensor(3))
+        dist.barrier()
+        found.append(ledger.by_purpose())
+    return found
 
 
 @pytest.mark.parametrize("name", ["1f1b", "interleaved", "zbv"])
 def test_weights_and_gradients_move_once_a_step(world, name):
-    few, many = (world(traffic, 2 * PIPELINE, Case(name, num_parts=number, recompute="selective")) for number in (2, 7))
-    for rank in range(2 * PIPELINE):
-        assert few[rank]["gradients"] == many[rank]["gradients"] > 0
-        assert few[rank]["weights"] == many[rank]["weights"] == few[rank]["gradients"]
-        assert few[rank]["pipeline"] < many[rank]["pipeline"]
+    cases = [Case(name, num_parts=number, recompute="selective") for number in (2, 7)]
+    for few, many in world(traffic, 2 * PIPELINE, cases):
+        assert few["gradients"] == many["gradients"] > 0
+        assert few["weights"] == many["weights"] == few["gradients"]
+        assert few["pipeline"] < many["pipeline"]

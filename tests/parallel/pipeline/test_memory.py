@@ -4,27 +4,17 @@ import gc
 import weakref
 
 import pytest
-import torch
-import torch.distributed as dist
-from pipeline_cases import Case, divisor_of, hidden, parts_of, stages_of
+from pipeline_cases import Case, divisor_of, parts_of, pipeline_of
 
 from armillary.comm.ledger import Ledger
-from armillary.parallel.pipeline.runner import Pipeline
 from armillary.parallel.pipeline.stage import Stage
 from armillary.train.model.transformer import Block
-
-
-def pipeline_of(case: Case, rank: int):
-    schedule = case.plan(dist.get_world_size())
-    stages = stages_of(case, schedule, rank)
-    where = {"group": dist.group.WORLD, "device": torch.device("cpu")}
-    return Pipeline(stages, schedule, ledger=Ledger(), dtype=torch.float64, hidden=hidden, **where), stages
 
 
 def most_kept(rank: int, case: Case) -> tuple[int, int, int]:
     """The most micro-batches a rank keeps at once between forward and backward, the most layers it owes; tensors of the
     stages that are alive after a step though nothing has collected cycles."""
-    pipeline, stages = pipeline_of(case, rank)
+    pipeline, stages = pipeline_of(case, Ledger())
     most, owed, alive = 0, 0, []
     for stage in stages:
         stage.register_forward_hook(lambda _, __, output: alive.append(weakref.ref(output)))
@@ -69,7 +59,7 @@ def test_keeps_what_the_schedule_says_and_frees_it(world, case, want):
 
 def computed(rank: int, case: Case) -> list[int]:
     """How often each block of this rank computed its feed-forward half."""
-    pipeline, stages = pipeline_of(case, rank)
+    pipeline, stages = pipeline_of(case, Ledger())
     counts: dict[int, int] = {}
     half = Block._feed_forward
 
@@ -90,7 +80,7 @@ def test_a_split_backward_recomputes_once(world, recompute):
 
 
 def two_numbers_of_parts(rank: int) -> str:
-    pipeline, _ = pipeline_of(Case(num_parts=3), rank)
+    pipeline, _ = pipeline_of(Case(num_parts=3), Ledger())
     try:
         pipeline.forward_backward(parts_of(Case(num_parts=2), 0), divisor_of(0))
     except ValueError as error:

@@ -3,28 +3,18 @@
 import threading
 
 import pytest
-import torch
-import torch.distributed as dist
-from pipeline_cases import Case, divisor_of, hidden, parts_of, stages_of
+from pipeline_cases import Case, divisor_of, parts_of, pipeline_of
 
 from armillary.comm.ledger import Ledger
-from armillary.parallel.pipeline.runner import Pipeline
 from armillary.parallel.pipeline.stage import Stage
 from armillary.parallel.pipeline.torch_runtime import Runtime
 
-CASE = Case("dualpipev", num_parts=8)
-
-
-def pipeline_of(rank: int, overlap: bool) -> Pipeline:
-    schedule = CASE.plan(dist.get_world_size())
-    where = {"group": dist.group.WORLD, "device": torch.device("cpu")}
-    stages = stages_of(CASE, schedule, rank)
-    return Pipeline(stages, schedule, ledger=Ledger(), dtype=torch.float64, hidden=hidden, overlap=overlap, **where)
+CASE = Case("dualpipev", num_parts=8, overlap=True)
 
 
 def together(rank: int) -> tuple[int, int]:
     """How many actions met another while they computed; how many overlaps the schedule has."""
-    pipeline = pipeline_of(rank, overlap=True)
+    pipeline, _ = pipeline_of(CASE, Ledger())
     # Each part of an overlap waits inside its computation for the other: one after the other, it would wait for ever.
     both, met = threading.Barrier(2), []
     overlapped = Runtime._overlapped
@@ -61,7 +51,7 @@ def test_both_parts_compute_at_once(world):
 
 
 def failing(rank: int) -> str:
-    pipeline = pipeline_of(rank, overlap=True)
+    pipeline, _ = pipeline_of(CASE, Ledger())
     backward = Stage.backward_one_chunk
 
     def broken(self, micro_batch, **options):

@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from tensor_cases import Case, alone, error, make, on_rank, part_of
+from tensor_cases import Case, alone, error, make, on_rank
 
 from armillary.comm.ledger import Ledger
+from armillary.parallel.held import part_of
 from armillary.parallel.tensor.bytes import replica_bytes, tensor_bytes
 from armillary.parallel.tensor.cuts import tensor_cuts
 

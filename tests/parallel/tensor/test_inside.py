@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from tensor_cases import Case, alone, compute, error, fill, make, on_rank, part_of, weights_of
+from tensor_cases import Case, alone, compute, error, fill, make, on_rank, weights_of
 from torch.distributed.device_mesh import init_device_mesh
 
 from armillary.comm import collectives
@@ -14,7 +14,9 @@ from armillary.comm.ledger import Ledger
 from armillary.kernels.attention.mask import Mask
 from armillary.parallel.context.core import ContextCore
 from armillary.parallel.context.layout import lay_out
+from armillary.parallel.held import part_of
 from armillary.parallel.partition import shard
+from armillary.parallel.pipeline.cut_model import cut_to_stage
 from armillary.parallel.pipeline.later import pay
 from armillary.parallel.pipeline.split_backward import split_backward
 from armillary.parallel.plan import Partition
@@ -106,12 +108,7 @@ def test_bf16_is_within_twice_the_error_of_one_process(world, num_ranks):
 def stage_of(case: Case, number: int, cuts: dict, ledger: Ledger) -> torch.nn.Module:
     """One of two stages of a block each."""
     stage = make(case, torch.float64)
-    del stage.blocks[str(1 - number)]
-    stage.begins, stage.ends = number == 0, number == 1
-    if number == 0:
-        stage.norm = stage.output = None
-    elif not case.tied:
-        stage.embedding = None
+    cut_to_stage(stage, range(number, number + 1), number == 0, number == 1)
     cut_to_rank(stage, cuts, group=dist.group.WORLD, ledger=ledger)
     fill(stage, weights_of(case, torch.float64), cuts, dist.get_rank())
     return stage
@@ -154,7 +151,7 @@ def test_stages_of_a_pipeline(world, tied, split, recompute):
 
 
 def compiled(rank: int) -> tuple[float, float]:
-    """With each block compiled, apart from what communicates: the worst error, and of compiling how many frames."""
+    """With a block compiled, apart from what communicates: the worst error, and of compiling how many frames."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     case, group = replace(CASE, recompute="selective"), dist.group.WORLD
@@ -162,10 +159,10 @@ def compiled(rank: int) -> tuple[float, float]:
     cuts = tensor_cuts(model, group.size())
     cut_to_rank(model, cuts, group=group, ledger=Ledger())
     fill(model, weights_of(case, torch.float64), cuts, rank)
-    for block in model.blocks.values():
-        # Of the CPU's attention little can be traced, in many attempts.
-        block.attention.core.forward = torch.compiler.disable(block.attention.core.forward)
-        block.compile(backend="aot_eager")
+    block = model.blocks["0"]
+    # Of the CPU's attention little can be traced, in many attempts.
+    block.attention.core.forward = torch.compiler.disable(block.attention.core.forward)
+    block.compile(backend="aot_eager")
     got = compute(model, case)
     sum_replicas(got.gradients, cuts, group=group, ledger=Ledger())
     errors = [error(g, part_of(want.gradients[name], cuts[name].box(rank))) for name, g in got.gradients.items()]
@@ -206,9 +203,13 @@ def test_hidden_goes_home_while_the_weights_gradients_are_computed(world):
         assert events == ["product", "start", "product", "product", "wait"]
 
 
-def with_context(rank: int, strategy: str, case: Case) -> list[str]:
+def with_context(rank: int, strategy: str, cases: list[Case]) -> list[str]:
     """Tensor ranks are neighbours; each context group has one of each pair."""
     groups = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3], [0, 2], [1, 3])]
+    return [f"{name}: {case}" for case in cases for name in with_context_inside(rank, strategy, case, groups)]
+
+
+def with_context_inside(rank: int, strategy: str, case: Case, groups: list[dist.ProcessGroup]) -> list[str]:
     tensors, context = groups[rank // 2], groups[2 + rank % 2]
     want, ledger, model = alone(case), Ledger(), make(case, torch.float64)
     cuts = tensor_cuts(model, 2)
@@ -235,8 +236,8 @@ def with_context(rank: int, strategy: str, case: Case) -> list[str]:
 def test_with_context_parallelism_inside(world, strategy):
     """Five query heads of one key head leave a context group 2 and 3 heads for Ulysses to share out;
     of one token a context group has a rank without any."""
-    for case in (replace(CASE, packed=True), replace(CASE, heads=(5, 1), recompute="full"), replace(CASE, grid=(1, 1))):
-        assert world(with_context, 4, strategy, case) == [[], [], [], []]
+    cases = [replace(CASE, packed=True), replace(CASE, heads=(5, 1), recompute="full"), replace(CASE, grid=(1, 1))]
+    assert world(with_context, 4, strategy, cases) == [[], [], [], []]
 
 
 def with_sharded_state(rank: int, case: Case, weights: str) -> list[str]:
