@@ -11,7 +11,7 @@ import typer
 from armillary.launch.bench.verbs import bench
 from armillary.launch.lab.verb import lab
 from armillary.launch.options import Config, Debug, Json, Overrides, PlanText, write_result
-from armillary.train.failure import FAILED, REFUSED, describe, leave, show
+from armillary.train.failure import FAILED, REFUSED, describe, leave, make_streams_safe, show
 
 app = typer.Typer(
     name="armillary",
@@ -191,4 +191,5 @@ def run() -> int:
 
 def main() -> NoReturn:
     """The command `armillary`."""
+    make_streams_safe()
     leave(run())

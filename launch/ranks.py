@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
 import uuid
@@ -43,12 +44,14 @@ def start_ranks(num_ranks: int, module: str, arguments: Sequence[str], debug: bo
 
     Raises:
         ValueError: if this machine has no room for so many.
+        RunStopped: if its processes cannot speak to each other.
     """
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     check_room(num_ranks)
+    _check_loopback()
     # Each of the agent's modules has set the level of a logger of its own.
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed.elastic"):
@@ -92,6 +95,17 @@ def run_ranks(num_ranks: int, module: str, arguments: Sequence[str], debug: bool
     failure = start_ranks(num_ranks, module, arguments, debug)
     if failure is not None:
         raise RuntimeError(failure.traceback) if failure.bug else RunStopped(failure.message)
+
+
+def _check_loopback() -> None:
+    try:
+        with socket.create_server(("localhost", 0)) as server:
+            socket.create_connection(server.getsockname(), timeout=10).close()
+    except OSError as error:
+        raise RunStopped(
+            f"the processes of this machine cannot speak to each other over localhost ({error}); bring the loopback "
+            "device up (ip link set lo up), and let /etc/hosts name localhost"
+        ) from error
 
 
 def _root_cause(failures: Mapping[int, "ProcessFailure"], errors: Path) -> Failure:

@@ -10,7 +10,7 @@ from armillary.launch.ranks import check_room, start_ranks
 from armillary.launch.report import write_report
 from armillary.train.config import check_vocabulary, load_config
 from armillary.train.data.dataset import from_anywhere, prepare
-from armillary.train.failure import REFUSED, show
+from armillary.train.failure import REFUSED, say, show
 from armillary.train.files import write_aside
 from armillary.train.metrics_file import FILE, latest_per_step, read_metrics
 from armillary.train.run_folder import RunFolder, create_run, open_run
@@ -31,13 +31,13 @@ def train(
     old = open_run(resume) if resume else None
     config = load_config(old.config if old else config_path or "", overrides, plan)
     check_room(config.plan.num_ranks)
-    dataset = prepare(config.data, print)
+    dataset = prepare(config.data, say)
     config = replace(config, data=from_anywhere(config.data))
     check_vocabulary(config, dataset.vocab_size)
     if old is None and config.model.weights:
         from armillary.train.initial_weights import checked_weights
 
-        config = replace(config, model=checked_weights(config.model, print))
+        config = replace(config, model=checked_weights(config.model, say))
     folder = old or create_run(config, config_path or "", name, dataset.tokenizer)
     changes = [part for text in overrides for part in ("--set", text)] if old else []
     arguments = ["--resume", str(folder.path), *changes, *(["--plan", plan] if old and plan else [])]
@@ -46,11 +46,11 @@ def train(
     )
     if failure is None and config.metrics.sample_prompt:
         _write_sample(folder, config.metrics.sample_prompt)
-    print(f"\nrun: {folder.path}")
+    say(f"\nrun: {folder.path}")
     try:
-        print(f"report: {write_report(folder.path)}")
+        say(f"report: {write_report(folder.path)}")
     except OSError as error:
-        print(f"report: not written ({error})")
+        say(f"report: not written ({error})")
     result = {"run": str(folder.path), "plan": str(config.plan), **_last_figures(folder)}
     if failure is None:
         return result, 0
@@ -74,4 +74,4 @@ def _write_sample(folder: RunFolder, prompt: str) -> None:
 
     text = generate_from_run(folder.path, prompt, SAMPLE_TOKENS, temperature=0.7, seed=0)
     write_aside(folder.sample, text.encode())
-    print(f"\nwhat the model writes after {prompt!r}:\n{text}")
+    say(f"\nwhat the model writes after {prompt!r}:\n{text}")

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 
-from armillary.train.failure import ERRORS_FOLDER, guarded, leave
+from armillary.train.failure import ERRORS_FOLDER, guarded, leave, make_streams_safe
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -31,6 +31,7 @@ def _end_with_parent() -> None:
 
 
 def main() -> int:
+    make_streams_safe()
     return run_as_rank(parse_arguments(sys.argv[1:]))
 
 

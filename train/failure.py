@@ -1,12 +1,14 @@
 """How a failing rank tells why: one sentence for the person, the traceback for --debug. Imports no torch."""
 
 import errno
+import io
 import os
 import re
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -78,6 +80,28 @@ def show(failure: Failure, debug: bool) -> None:
         print("This is not your mistake. Add --debug to see the traceback, and please report it.", file=sys.stderr)
 
 
+def make_streams_safe() -> None:
+    """Lets a process print whatever it is and however it was started.
+
+    One that was started with closed streams (`>&-`, as some daemons do) gets empty ones: Python has None in their
+    place, and the next file or socket would get their number. Letters that the locale does not know become "?".
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            stream = open(os.devnull, mode, errors="replace")  # noqa: SIM115 (as long as the process)
+            os.set_inheritable(stream.fileno(), True)
+            setattr(sys, name, stream)
+        elif mode == "w" and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def say(text: str) -> None:
+    """Prints a line, or nothing where nobody listens any more (`| head`): no reason to stop a run."""
+    with suppress(OSError):
+        print(text, flush=True)
+
+
 def leave(exit_code: int) -> NoReturn:
     """Ends this process at once, with all output written.
 
@@ -85,8 +109,9 @@ def leave(exit_code: int) -> NoReturn:
     Python in the middle of C++ code that forbids it ("terminate called without an active exception", seen in 1 of 10
     exits). By now every file is closed and every group left, so there is nothing to miss.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # whoever read it may be gone
+            stream.flush()
     os._exit(exit_code)
 
 

@@ -1,13 +1,15 @@
 """Golden error messages: what a person reads when they give something wrong, to the letter, and the exit code 2."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from armillary.launch import cli
-from armillary.train.failure import describe
+from armillary.launch.ranks import start_ranks
+from armillary.train.failure import RunStopped, describe
 
 RUN = """
 [model]
@@ -222,3 +224,38 @@ def test_out_of_memory_is_no_bug_and_has_a_remedy(error):
 def test_the_frames_of_torchs_own_code_are_left_out():
     error = RuntimeError("first line\nException raised from f at a.cpp:1 (most recent call first):\nframe #0: g")
     assert describe(error).message == "RuntimeError: first line"
+
+
+PRINTS = """
+import os, sys, time
+from armillary.train.failure import leave, make_streams_safe, say
+make_streams_safe()
+time.sleep(0.2)
+for number in range(3):
+    say("gr\\u00fc\\u00dfe \\u2211")
+open("numbers", "w").write(str(os.open(os.devnull, os.O_RDONLY)))
+leave(7)
+"""
+
+
+@pytest.mark.parametrize("shell", ["{0}", "{0} <&- >&- 2>&-", "{0} | true; exit ${{PIPESTATUS[0]}}"])
+def test_a_process_prints_to_nobody_and_in_any_locale(tmp_path, shell):
+    """Closed streams, a reader that has gone, and a locale without letters: no traceback, and the work is done."""
+    (tmp_path / "prints.py").write_text(PRINTS)
+    command = shell.format(f"'{sys.executable}' prints.py")
+    settings = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, env=os.environ | settings, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (7, "")
+    assert done.stdout == ("gr??e ?\n" * 3 if shell == "{0}" else "")
+    assert int((tmp_path / "numbers").read_text()) > 2
+
+
+def test_a_machine_without_loopback_is_told(monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(101, "Network is unreachable")
+
+    monkeypatch.setattr("socket.create_connection", refuse)
+    with pytest.raises(RunStopped, match=r"over localhost \(.*unreachable\); bring the loopback device up"):
+        start_ranks(1, "json", [])
