@@ -40,8 +40,9 @@ def test_a_bug_of_ours_is_told_by_its_kind() -> None:
 
 
 def test_a_lost_neighbour_is_no_reason_of_its_own() -> None:
-    found = describe(RuntimeError("Connection closed by peer [127.0.0.1]:1"), 2)
+    found = describe(RuntimeError("Connection closed by peer [127.0.0.1]:1\nException raised from a.cpp"), 2)
     assert found.follows
+    assert "a.cpp" not in found.message
     assert not found.bug
     assert "rank 2 lost its connection to another rank, which failed first" in found.message
 
