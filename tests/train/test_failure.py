@@ -25,7 +25,11 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         (ValueError("a.b: is 1; give 2"), "a.b: is 1; give 2", 2),
         (RunStopped("step 3 diverged"), "step 3 diverged", 1),
         (FULL, "[Errno 28] No space left on device: the disk is full; free some space, then try again", 2),
-        (OutOfMemoryError("4 GiB"), "4 GiB\nRaise optim.micro_batches or plan.dp, or lower data.batch_size.", 1),
+        (
+            OutOfMemoryError("4 GiB"),
+            "rank 3 is out of memory: 4 GiB\nRaise optim.micro_batches or plan.dp, or lower",
+            1,
+        ),
     ],
 )
 def test_what_a_person_can_act_on_is_told_in_a_sentence(error: Exception, message: str, exit_code: int) -> None:
