@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from armillary.parallel.held import Held
 from armillary.parallel.mesh import make_ranks
 from armillary.parallel.plan import Plan
 from armillary.train.build import build_engine
 from armillary.train.config import RunConfig
-from armillary.train.data.dataset import DataConfig
+from armillary.train.data.config import DataConfig
 from armillary.train.data.tokenizer import byte_tokenizer
 from armillary.train.huggingface.weights import write_checkpoint
 from armillary.train.initial_weights import checked_weights, shapes_of, take_weights
@@ -41,29 +42,41 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def filled(rank: int, weights: str, degrees: dict[str, Any]) -> dict[str, float]:
-    """Of every parameter that this rank helps to hold, the largest error against the run that it came from."""
+def filled(rank: int, weights: str, damaged: str, plans: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """Under each plan, the largest error of every parameter against the run that it came from."""
+    found = []
+    for degrees in plans:
+        held = build(degrees, weights)
+        notes: list[str] = []
+        take_weights(replace(MODEL, weights=weights), held, notes.append)
+        assert len(notes) == 1
+        parameters, errors = held.parameters(), {}
+        for name in held.cuts:
+            whole = held.whole(name, parameters.get(name), torch.float32, "test")
+            errors[name] = float((whole - told(name)).abs().max())
+        found.append(errors)
+    with pytest.raises(ValueError, match="none of them is sound"):
+        take_weights(replace(MODEL, weights=damaged), held, print)
+    return found
+
+
+def build(degrees: dict[str, Any], weights: str) -> Held:
     plan = Plan(**degrees)
-    ranks = make_ranks(plan, torch.device("cpu"))
-    config = RunConfig(
-        model=replace(MODEL, weights=weights), plan=plan, optim=OptimConfig(precision="float32", micro_batches=2)
-    )
-    held = build_engine(config, ranks).held
-    notes: list[str] = []
-    take_weights(config.model, held, notes.append)
-    assert len(notes) == 1
-    parameters, errors = held.parameters(), {}
-    for name in held.cuts:
-        whole = held.whole(name, parameters.get(name), torch.float32, "test")
-        errors[name] = float((whole - told(name)).abs().max())
-    return errors
+    optim = OptimConfig(precision="float32", micro_batches=2)
+    config = RunConfig(model=replace(MODEL, weights=weights), plan=plan, optim=optim)
+    return build_engine(config, make_ranks(plan, torch.device("cpu"))).held
 
 
-@pytest.mark.parametrize("degrees", [{}, {"dp": 3}, {"tp": 2}, {"pp": 2}], ids=str)
-def test_all_ranks_hold_the_weights_together(world: Any, here: Path, degrees: dict[str, Any]) -> None:
-    path = a_run("source")
-    for errors in world(filled, max([1, *degrees.values()]), str(path), degrees):
-        assert errors == dict.fromkeys(shapes_of(MODEL), 0.0)
+@pytest.mark.parametrize("plans", [[{"tp": 2}, {"pp": 2}], [{"dp": 3}]], ids=str)
+def test_all_ranks_hold_the_weights_together(world: Any, here: Path, plans: list[dict[str, Any]]) -> None:
+    """And all of them refuse weights of which one bit is another."""
+    path, damaged = a_run("source"), a_run("damaged")
+    file = next(damaged.glob("checkpoints/*/rank-00000.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    for found in world(filled, max(plans[0].values()), str(path), str(damaged), plans):
+        assert found == [dict.fromkeys(shapes_of(MODEL), 0.0)] * len(plans)
 
 
 def test_what_fits_is_made_absolute(here: Path) -> None:
@@ -101,13 +114,3 @@ def test_what_does_not_fit_is_refused(here: Path, changes: dict[str, Any], sente
     a_run("empty", weights=False)
     with pytest.raises(ValueError, match=sentence):
         checked_weights(replace(MODEL, **({"weights": "source"} | changes)), print)
-
-
-def test_a_damaged_source_is_refused(world: Any, here: Path, rank_failure: Any) -> None:
-    path = a_run("source")
-    file = next(path.glob("checkpoints/*/rank-00000.safetensors"))
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
-    with pytest.raises(rank_failure, match="none of them is sound"):
-        world(filled, 2, str(path), {"dp": 2})

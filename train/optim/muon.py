@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from armillary.comm.collectives import all_to_all
@@ -72,22 +71,17 @@ class Muon(Optimizer):
         """
         Args:
             params: 2-D parameters of one dtype and device, not empty.
-            spreads: of those that are sharded over `group`. If left out, DTensors are sharded on dim 0 as torch.chunk
-                would.
             lr: learning rate of a matrix that is not taller than wide; else times sqrt(rows / columns).
             momentum: decay of the mean gradient.
             weight_decay: share of a weight that is taken off per step, times `lr`.
             group: the ranks that hold the shards; None for one process.
             ledger: counts the bytes, under the purpose "muon".
+            spreads: how those lie on the group that are sharded over it; all others are whole here.
         """
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         assert all(p.ndim == 2 for g in self.param_groups for p in g["params"])
         self.process_group = group
         self.ledger = ledger
-        if spreads is None and group is not None:
-            size = group.size()
-            matrices = [p for g in self.param_groups for p in g["params"] if isinstance(p, DTensor)]
-            spreads = {p: Spread.of(Cut.whole(tuple(p.shape)), size) for p in matrices}
         self.spreads = spreads or {}
 
     @torch.no_grad()
@@ -95,27 +89,24 @@ class Muon(Optimizer):
         """Updates every matrix that has a gradient."""
         for settings in self.param_groups:
             matrices = [p for p in settings["params"] if p.grad is not None]
-            self._update([p for p in matrices if p not in self.spreads], None, settings)
-            self._update([p for p in matrices if p in self.spreads], self.process_group, settings)
+            for p in matrices:
+                if p not in self.spreads:
+                    update = orthogonalise(self._direction(p, settings["momentum"]))
+                    _apply(p, update, (p.shape[0], p.shape[1]), settings)
+            sharded = [p for p in matrices if p in self.spreads]
+            if sharded:
+                self._update_sharded(sharded, settings)
 
-    def _update(self, matrices: list[Tensor], group: dist.ProcessGroup | None, settings: dict[str, Any]) -> None:
-        alone = group is None or group.size() == 1
-        shapes = [self.spreads[p].shape if p in self.spreads else (p.shape[0], p.shape[1]) for p in matrices]
-        for bucket in plan_buckets(shapes, 1 if alone else group.size(), BUCKET_ELEMENTS):  # type: ignore[union-attr]
-            members = [matrices[index] for index, _ in bucket]
-            directions = (self._direction(p, settings["momentum"]) for p in members)
-            updates: Iterable[Tensor]
-            if group is None or alone:
-                # One matrix after the other, so that no more than one is held beside the weights.
-                updates = map(orthogonalise, directions)
-            else:
-                spreads, owners = [self.spreads[p] for p in members], [owner for _, owner in bucket]
-                updates = orthogonalise_shards(list(directions), spreads, owners, group=group, ledger=self.ledger)
-            for parameter, update, (index, _) in zip(members, updates, bucket, strict=True):
-                rows, columns = shapes[index]
-                weight = local(parameter)
-                weight.mul_(1 - settings["lr"] * settings["weight_decay"])
-                weight.add_(update, alpha=-settings["lr"] * math.sqrt(max(1, rows / columns)))
+    def _update_sharded(self, matrices: list[Tensor], settings: dict[str, Any]) -> None:
+        assert self.process_group is not None
+        facts: dict[str, Any] = {"group": self.process_group, "ledger": self.ledger}
+        spreads = [self.spreads[p] for p in matrices]
+        for bucket in plan_buckets([s.shape for s in spreads], self.process_group.size(), BUCKET_ELEMENTS):
+            indices, owners = zip(*bucket, strict=True)
+            directions = [self._direction(matrices[i], settings["momentum"]) for i in indices]
+            updates = orthogonalise_shards(directions, [spreads[i] for i in indices], owners, **facts)
+            for i, update in zip(indices, updates, strict=True):
+                _apply(matrices[i], update, spreads[i].shape, settings)
 
     def _direction(self, parameter: Tensor, momentum: float) -> Tensor:
         """This rank's part of the Nesterov momentum, in the dtype of the iteration."""
@@ -126,6 +117,14 @@ class Muon(Optimizer):
         gradient, buffer = local(parameter.grad), local(state["momentum_buffer"])
         buffer.lerp_(gradient, 1 - momentum)
         return gradient.lerp(buffer, momentum).to(iteration_dtype(parameter))
+
+
+def _apply(parameter: Tensor, update: Tensor, shape: Shape, settings: dict[str, Any]) -> None:
+    """Decays and updates this rank's part of a matrix of `shape`."""
+    rows, columns = shape
+    weight = local(parameter)
+    weight.mul_(1 - settings["lr"] * settings["weight_decay"])
+    weight.add_(update, alpha=-settings["lr"] * math.sqrt(max(1, rows / columns)))
 
 
 def iteration_dtype(parameter: Tensor) -> torch.dtype:

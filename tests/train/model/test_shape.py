@@ -1,6 +1,5 @@
 """What a model's shape says about it, against the model itself and against published counts."""
 
-import ast
 import tomllib
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from armillary.kernels.attention.call import CAUSAL
 from armillary.kernels.attention.places import Places
 from armillary.kernels.attention.reference import reference
 from armillary.kernels.attention.tiles import Tile
-from armillary.train.model import shape as model_shape
 from armillary.train.model.shape import ModelConfig, RopeScaling, flops_per_token, num_parameters
 from armillary.train.model.transformer import Transformer, initialise
 
@@ -104,10 +102,3 @@ def test_operations_are_those_that_run(tie: bool) -> None:
     attention = flops_per_token(config, seq) - flops_per_token(config, 0)
     assert counter.get_total_flops() == batch * seq * (flops_per_token(config, 0) + 2 * attention)
     assert attention == 6 * config.num_layers * config.dim * seq
-
-
-def test_imports_no_torch() -> None:
-    tree = ast.parse(Path(model_shape.__file__).read_text())
-    modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert not any(isinstance(node, ast.Import) for node in ast.walk(tree))
-    assert modules == {"collections.abc", "dataclasses"}

@@ -1,6 +1,7 @@
 """The model: that of Hugging Face in number, blind to packing, and the same however it was built."""
 
 import ast
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,9 @@ def build(dtype: torch.dtype = torch.float64, seed: int = 1, **changes: Any) -> 
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.2
             parameter.copy_(noise + 1 if name.endswith("norm.weight") else noise)
     return model
+
+
+Sharded = tuple[float, dict[str, Any], list[str]]
 
 
 def ids(*shape: int, seed: int = 0) -> Tensor:
@@ -311,7 +315,7 @@ def test_knows_nothing_of_ranks(part: Any) -> None:
     assert not [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr == "distributed"]
 
 
-def sharded(rank: int, compute: str, changes: dict[str, Any]) -> tuple[float, dict[str, Any], list[str]]:
+def sharded(rank: int, compute: str, changes: dict[str, Any]) -> Sharded:
     """One rank of two: half of the batch; its loss, the whole gradients and the dtypes inside a block."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -345,12 +349,22 @@ def sharded(rank: int, compute: str, changes: dict[str, Any]) -> tuple[float, di
     return loss.item(), gradients, seen
 
 
-@pytest.mark.parametrize(("compute", "tolerance"), [("float32", 1e-5), ("bfloat16", 3e-2)])
-@pytest.mark.parametrize("changes", [{"tie_embeddings": True}, {"tie_embeddings": False, "qk_norm": True}])
-def test_sharded_by_fsdp(
-    world: Callable[..., list[Any]], compute: str, tolerance: float, changes: dict[str, Any]
-) -> None:
-    results = world(sharded, 2, compute, changes)
+SHARDED = list(itertools.product(("float32", "bfloat16"), ({}, {"tie_embeddings": False, "qk_norm": True})))
+
+
+def all_sharded(rank: int) -> list[Sharded]:
+    return [sharded(rank, compute, changes) for compute, changes in SHARDED]
+
+
+@pytest.fixture(scope="module")
+def on_two(world: Callable[..., list[Any]]) -> list[list[Sharded]]:
+    return world(all_sharded, 2)
+
+
+@pytest.mark.parametrize("case", range(len(SHARDED)), ids=lambda case: str(SHARDED[case]))
+def test_sharded_by_fsdp(on_two: list[list[Sharded]], case: int) -> None:
+    (compute, changes), results = SHARDED[case], [of_rank[case] for of_rank in on_two]
+    tolerance = {"float32": 1e-5, "bfloat16": 3e-2}[compute]
     model = Transformer(ModelConfig(**(TINY | changes)))
     initialise(model, 3)
     documents = (torch.arange(20) >= 13).int().expand(4, 20)

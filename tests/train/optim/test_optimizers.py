@@ -15,7 +15,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from armillary.comm.ledger import Ledger
+from armillary.parallel.cut import Cut
 from armillary.parallel.held import clean_name
+from armillary.train.optim.muon import Spread
 from armillary.train.optim.optimizers import clip_, gradient_norm, optimizers_of, split_parameters
 from armillary.train.optim.schedule import OptimConfig
 
@@ -175,8 +177,12 @@ def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(kind: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(unbroken.parameters(), resumed.parameters(), strict=True))
 
 
-def train_sharded(rank: int) -> list[tuple[list[float], dict[str, np.ndarray]]]:
-    """With FSDP2, each rank on its rows of the batch: norms, parameters and state of each kind of optimizer."""
+Trained = tuple[list[float], dict[str, np.ndarray]]
+
+
+def train_sharded(rank: int) -> tuple[list[Trained], float]:
+    """With FSDP2, each rank on its rows of the batch: norms, parameters and state of each kind of optimizer; and the
+    norm of what is partly sharded."""
     num_ranks = dist.get_world_size()
     mesh, results = init_device_mesh("cpu", (num_ranks,)), []
     for kind in ("adamw", "muon"):
@@ -185,25 +191,32 @@ def train_sharded(rank: int) -> list[tuple[list[float], dict[str, np.ndarray]]]:
             fully_shard(module, mesh=mesh)
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-        optimizers = optimizers_of(named(model), config(kind), group=mesh.get_group(), ledger=Ledger())
+        spreads = {p: Spread.of(Cut.whole(tuple(p.shape)), num_ranks) for p in model.parameters() if p.ndim == 2}
+        facts = {"group": mesh.get_group(), "ledger": Ledger(), "spreads": spreads}
+        optimizers = optimizers_of(named(model), config(kind), **facts)
         optimizers.create_state()
         share = 12 // num_ranks
         norms = train(model, optimizers, range(4), slice(rank * share, (rank + 1) * share), mesh.get_group())
         tensors = dict(model.named_parameters()) | optimizers.state_tensors()
         assert all(isinstance(t, DTensor) for n, t in tensors.items() if not n.startswith("optimizer/step/"))
         results.append((norms, as_arrays(tensors)))
-    return results
+    return results, norm_of_a_mixture(rank)
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_sharded_training_equals_one_process(world: Callable[..., list[Any]], ranks: int) -> None:
-    results = world(train_sharded, ranks)
+@pytest.fixture(scope="module")
+def on_four(world: Callable[..., list[Any]]) -> list[tuple[list[Trained], float]]:
+    """Enough ranks for shards that are uneven and some that are empty."""
+    return world(train_sharded, 4)
+
+
+def test_sharded_training_equals_one_process(on_four: list[tuple[list[Trained], float]]) -> None:
+    results = [trained for trained, _ in on_four]
     for case, kind in enumerate(("adamw", "muon")):
         model = Tiny()
         optimizers = optimizers_of(named(model), config(kind))
         norms = train(model, optimizers, range(4), slice(None))
         expected = as_arrays(dict(model.named_parameters()) | optimizers.state_tensors())
-        for rank in range(ranks):
+        for rank in range(4):
             assert results[rank][case][0] == pytest.approx(norms, rel=1e-12)
             assert results[rank][case][0] == results[0][case][0]
             assert results[rank][case][1].keys() == expected.keys()
@@ -266,8 +279,8 @@ def norm_of_a_mixture(rank: int) -> float:
     return gradient_norm(counted, group=mesh.get_group(), ledger=Ledger()).item()
 
 
-def test_what_all_ranks_hold_is_counted_by_one(world: Callable[..., list[Any]]) -> None:
-    assert world(norm_of_a_mixture, 2) == pytest.approx([(6 * 4 + 4 * 9) ** 0.5] * 2)
+def test_what_all_ranks_hold_is_counted_by_one(on_four: list[tuple[list[Trained], float]]) -> None:
+    assert [norm for _, norm in on_four] == pytest.approx([(6 * 4 + 4 * 9) ** 0.5] * 4)
 
 
 def test_names_lose_their_wrappers() -> None:
