@@ -17,7 +17,7 @@ from armillary.parallel.zero import ZeroConfig
 from armillary.train.checkpoint.store import CheckpointConfig
 from armillary.train.config_check import check
 from armillary.train.config_table import ConfigError, override, read_table
-from armillary.train.data.dataset import DataConfig
+from armillary.train.data.config import DataConfig
 from armillary.train.guard import GuardConfig
 from armillary.train.metrics import MetricsConfig
 from armillary.train.model.shape import ModelConfig

@@ -7,7 +7,8 @@ import numpy as np
 
 from armillary.parallel.plan import Plan
 from armillary.train.config import RunConfig
-from armillary.train.data.dataset import Batch, DataConfig
+from armillary.train.data.config import DataConfig
+from armillary.train.data.dataset import Batch
 from armillary.train.model.shape import ModelConfig
 from armillary.train.optim.schedule import OptimConfig
 

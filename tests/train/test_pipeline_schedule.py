@@ -12,7 +12,8 @@ from armillary.parallel.schedule import check
 from armillary.train import resolve as resolving
 from armillary.train.build import build_engine
 from armillary.train.config import RunConfig
-from armillary.train.data.dataset import Batch, DataConfig
+from armillary.train.data.config import DataConfig
+from armillary.train.data.dataset import Batch
 from armillary.train.model.shape import ModelConfig
 from armillary.train.optim.schedule import OptimConfig
 from armillary.train.resolve import resolve

@@ -44,7 +44,7 @@ def cache_folder(setting: str, report: Report) -> Path:
     return here
 
 
-def publish(folder: Path, build: Callable[[Path], dict[str, Any]], report: Report) -> dict[str, Any]:
+def open_or_build(folder: Path, build: Callable[[Path], dict[str, Any]], report: Report) -> dict[str, Any]:
     """The manifest of a finished folder, which is built first if it is missing or damaged.
 
     Built aside under a lock and renamed, so that it is whole or absent, whoever is killed and however many build at

@@ -4,17 +4,18 @@ The sequence number n of a run is a pure function of the config and n. So a run'
 cursor, and it goes on exactly where it was, on any number of ranks.
 """
 
-import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from armillary.train.data.cache import Report, cache_folder, digest, publish
+from armillary.train.data.cache import Report, cache_folder, digest, open_or_build
+from armillary.train.data.config import DataConfig
 from armillary.train.data.corpus import VERSION, Corpus, open_corpus, sample, threshold, tokenise
+from armillary.train.data.mixture import mix
 from armillary.train.data.packing import (
     IGNORE,
     Layout,
@@ -23,65 +24,14 @@ from armillary.train.data.packing import (
     count_sequences,
     cut,
     lay_out,
-    mix,
     placeholder,
     shuffled,
 )
-from armillary.train.data.sources import Source, find
+from armillary.train.data.sources import find
 from armillary.train.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 
-SMALLEST_BPE = 257
-"""Bytes and the end of a document."""
 LEARNT_BYTES = 8 << 20
 """How much text a tokenizer learns from, in all sources together."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """What a run reads."""
-
-    __pydantic_config__ = {"extra": "forbid"}
-
-    sequence_length: int = field(default=256, metadata={"min": 2})
-    """Tokens in a sequence."""
-    batch_size: int = field(default=16, metadata={"min": 1})
-    """Sequences in a step, on all ranks together."""
-    sources: tuple[Source, ...] = (Source(path="stdlib"),)
-    """Where the text comes from."""
-    tokenizer: str = "bpe:4096"
-    """`bpe:4096` (a byte-level encoding of so many entries, learnt from the sources), `bytes`, a tokenizer.json or a
-    folder that holds one."""
-    held_out: float = field(default=0.02, metadata={"min": 0, "below": 1})
-    """Fraction of the documents that is kept from training, for evaluation; chosen by their text."""
-    seed: int = field(default=0, metadata={"min": 0})
-    """Seed of the order of the documents; it does not change which are held out."""
-    cache: str = ""
-    """Folder for tokens and tokenizers; `$ARMILLARY_CACHE` or the user's cache folder when left out."""
-
-    def problems(self) -> Iterator[tuple[str, str]]:
-        """What the fields do not allow: pairs of key and sentence."""
-        if not self.sources:
-            yield "sources", 'is empty; give at least one, such as [{path = "stdlib"}]'
-        kind, _, size = self.tokenizer.partition(":")
-        if kind == "bpe" and not (size.isascii() and size.isdigit() and len(size) < 8 and int(size) >= SMALLEST_BPE):
-            what = f"a vocabulary of {SMALLEST_BPE} (the bytes and the end of a document) to 9999999"
-            yield "tokenizer", f'is "{self.tokenizer}"; bpe: takes {what}, such as "bpe:4096"'
-        elif not self.tokenizer:
-            yield "tokenizer", 'is empty; give "bpe:4096", "bytes" or the path of a tokenizer.json'
-
-
-def from_anywhere(config: DataConfig) -> DataConfig:
-    """The config with its relative paths made absolute, so that it means the same in every working directory."""
-    sources = tuple(
-        source
-        if source.path == "stdlib" or source.path.startswith("hub:")
-        else replace(source, path=os.path.abspath(os.path.expanduser(source.path)))
-        for source in config.sources
-    )
-    made_here = config.tokenizer == "bytes" or config.tokenizer.startswith("bpe:")
-    tokenizer = config.tokenizer if made_here else os.path.abspath(os.path.expanduser(config.tokenizer))
-    cache = os.path.abspath(os.path.expanduser(config.cache)) if config.cache else ""
-    return replace(config, sources=sources, tokenizer=tokenizer, cache=cache)
 
 
 @dataclass(frozen=True)
@@ -214,14 +164,14 @@ def prepare(config: DataConfig, report: Report = lambda line: None) -> Dataset:
     if config.tokenizer.startswith("bpe:"):
         stamps = [listing.stamp for listing in listings]
         folder = cache / "tokenizers" / digest(VERSION, config.tokenizer, config.held_out, stamps)
-        publish(folder, learn, report)
+        open_or_build(folder, learn, report)
         tokenizer = load_tokenizer(folder)
     else:
         tokenizer = byte_tokenizer() if config.tokenizer == "bytes" else load_tokenizer(config.tokenizer)
     corpora = []
     for listing in listings:
         folder = cache / "corpora" / digest(VERSION, listing.stamp, tokenizer.hash)
-        manifest = publish(folder, partial(tokenise, listing, tokenizer, report=report), report)
+        manifest = open_or_build(folder, partial(tokenise, listing, tokenizer, report=report), report)
         corpora.append(open_corpus(folder, manifest))
     return Dataset(config, tokenizer, corpora)
 

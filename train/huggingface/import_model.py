@@ -12,7 +12,7 @@ from torch import Tensor
 
 from armillary.train.checkpoint.load import read_full
 from armillary.train.config import RunConfig, check_vocabulary
-from armillary.train.data.dataset import DataConfig
+from armillary.train.data.config import DataConfig
 from armillary.train.huggingface.check import check_logits
 from armillary.train.huggingface.families import EMBEDDING, HEAD, read_config, their_name
 from armillary.train.huggingface.source import Source, open_source

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from armillary.train.config import RunConfig
-from armillary.train.data.dataset import DataConfig
+from armillary.train.data.config import DataConfig
 from armillary.train.model.shape import ModelConfig
 from armillary.train.optim.schedule import OptimConfig
 

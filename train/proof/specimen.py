@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from armillary.train.data.cache import digest
+from armillary.train.data.config import DataConfig
 from armillary.train.data.corpus import Corpus
-from armillary.train.data.dataset import DataConfig, Dataset
+from armillary.train.data.dataset import Dataset
 from armillary.train.data.tokenizer import byte_tokenizer
 
 

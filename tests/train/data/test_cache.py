@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from armillary.train.data.cache import cache_folder, publish
+from armillary.train.data.cache import cache_folder, open_or_build
 
 
 def build(folder: Path) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def build(folder: Path) -> dict[str, Any]:
 
 def test_a_finished_folder_is_opened_and_not_made_again(tmp_path: Path) -> None:
     lines: list[str] = []
-    made = publish(tmp_path / "parts/a", build, lines.append)
+    made = open_or_build(tmp_path / "parts/a", build, lines.append)
     assert (made["count"], made["files"]["numbers.txt"]["size"]) == (3, 5)
     assert json.loads((tmp_path / "parts/a/manifest.json").read_text()) == made
     assert sorted(path.name for path in (tmp_path / "parts/a").iterdir()) == ["manifest.json", "numbers.txt"]
@@ -28,18 +28,18 @@ def test_a_finished_folder_is_opened_and_not_made_again(tmp_path: Path) -> None:
     def never(folder: Path) -> dict[str, Any]:
         raise AssertionError("made again")
 
-    assert publish(tmp_path / "parts/a", never, lines.append) == made
+    assert open_or_build(tmp_path / "parts/a", never, lines.append) == made
     assert not lines
 
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from armillary.train.data.cache import publish
+from armillary.train.data.cache import open_or_build
 def build(folder):
     (folder / "numbers.txt").write_text("1 2")
     os.kill(os.getpid(), signal.SIGKILL)
-publish(Path(sys.argv[1]), build, print)
+open_or_build(Path(sys.argv[1]), build, print)
 """
 
 
@@ -48,7 +48,7 @@ def test_what_a_killed_process_left_is_ignored(tmp_path: Path) -> None:
     assert done.returncode == -9, done.stderr
     assert len(list(tmp_path.glob(".a.*.tmp/numbers.txt"))) == 1
     assert not (tmp_path / "a").exists()
-    publish(tmp_path / "a", build, print)
+    open_or_build(tmp_path / "a", build, print)
     assert (tmp_path / "a/numbers.txt").read_text() == "1 2 3"
     assert not list(tmp_path.glob(".a.*.tmp"))
 
@@ -56,12 +56,12 @@ def test_what_a_killed_process_left_is_ignored(tmp_path: Path) -> None:
 SLOW = """
 import sys, time
 from pathlib import Path
-from armillary.train.data.cache import publish
+from armillary.train.data.cache import open_or_build
 def build(folder):
     print("building")
     time.sleep(1.0)
     return {"words": 3}
-print(publish(Path(sys.argv[1]), build, print))
+print(open_or_build(Path(sys.argv[1]), build, print))
 """
 
 
@@ -80,20 +80,20 @@ def test_a_full_disk_is_explained_and_nothing_half_made_stays(tmp_path: Path) ->
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with pytest.raises(OSError) as caught:
-        publish(tmp_path / "parts/a", full, print)
+        open_or_build(tmp_path / "parts/a", full, print)
     assert caught.value.errno == errno.ENOSPC
     assert caught.value.strerror == (
         f"the data cache {tmp_path / 'parts'} cannot be written (No space left on device); make room there, or set "
         "data.cache (or ARMILLARY_CACHE) to another folder"
     )
     assert [path.suffix for path in (tmp_path / "parts").iterdir()] == [".lock"]
-    publish(tmp_path / "parts/a", build, print)
+    open_or_build(tmp_path / "parts/a", build, print)
 
 
 def test_a_cache_that_is_a_file_is_explained(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"the data cache .*file/parts cannot be written \(Not a directory\); make room"):
-        publish(tmp_path / "file/parts/a", build, print)
+        open_or_build(tmp_path / "file/parts/a", build, print)
 
 
 def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from armillary.train.data import dataset as module
-from armillary.train.data.dataset import DataConfig, Dataset, held_out_batches, micro_batches, prepare
+from armillary.train.data.config import DataConfig
+from armillary.train.data.dataset import Dataset, held_out_batches, micro_batches, prepare
 from armillary.train.data.packing import IGNORE
 from armillary.train.data.sources import Source
 

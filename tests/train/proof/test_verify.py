@@ -11,7 +11,7 @@ import torch
 from armillary.parallel.mesh import make_ranks
 from armillary.parallel.plan import Plan
 from armillary.train.config import RunConfig
-from armillary.train.data.dataset import DataConfig
+from armillary.train.data.config import DataConfig
 from armillary.train.failure import RunStopped
 from armillary.train.model.shape import ModelConfig, num_parameters
 from armillary.train.optim.schedule import OptimConfig
