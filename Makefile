@@ -8,17 +8,26 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input --quiet install --constraint constraints.txt
 
+# The commands in .venv name its folder, so they do not survive a move.
+ifeq ($(filter clean,$(MAKECMDGOALS)),)
+ifneq ($(shell test -s .venv/installed && test "$$(cat .venv/installed)" != "$$(pwd -P)" && echo moved),)
+$(error .venv was made in $(shell cat .venv/installed), and this folder is another; run: make clean setup)
+endif
+endif
+
 .PHONY: setup demo test smollm2 gate lint types clean
 
 setup: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-		|| { echo "error: Armillary needs Python 3.11 or newer; name one with: make setup PYTHON=python3.12"; exit 2; }
+		|| { echo "error: Armillary needs Python 3.11 or newer; name one with: make setup PYTHON=python3.12" >&2; exit 2; }
 	@echo "installing into .venv (a minute or two) ..."
 	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -c 'import pip, sys; sys.exit([int(n) for n in pip.__version__.split(".")[:2]] < [21, 3])' \
+		|| $(BIN)/python -m pip --disable-pip-version-check --quiet install --upgrade pip
 	@$(PIP) --editable ".[wandb]"
-	@touch $@
+	@pwd -P > $@
 
 .venv/installed-dev: .venv/installed
 	@$(PIP) --editable ".[wandb,tensorboard,deepspeed,dev]"

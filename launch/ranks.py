@@ -46,6 +46,9 @@ def start_ranks(num_ranks: int, module: str, arguments: Sequence[str], debug: bo
         ValueError: if this machine has no room for so many.
         RunStopped: if its processes cannot speak to each other.
     """
+    if not debug:
+        # Read when torch is imported, here and by the ranks: notes of its C++ code, as on names that do not resolve.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch

@@ -62,3 +62,36 @@ def test_the_wheel_works_elsewhere(wheel, tmp_path):
         [sys.executable, "-P", "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path, env=environment
     )
     assert done.stdout.strip() == "ok"
+
+
+def make(folder: Path, *arguments: str) -> tuple[int, str]:
+    """Exit code and first line of what `make` tells of a mistake in a folder with the project's Makefile alone."""
+    shutil.copy(ROOT / "Makefile", folder)
+    for name in ("pyproject.toml", "constraints.txt"):
+        (folder / name).touch()
+    done = subprocess.run(["make", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    return done.returncode, done.stderr.partition("\n")[0]
+
+
+def test_an_old_python_is_refused_with_one_sentence(tmp_path):
+    python = tmp_path / "python3.10"
+    python.write_text("#!/bin/sh\nexit 1\n")
+    python.chmod(0o755)
+    code, told = make(tmp_path, "setup", f"PYTHON={python}")
+    assert code == 2
+    assert told == "error: Armillary needs Python 3.11 or newer; name one with: make setup PYTHON=python3.12"
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_a_clone_that_was_moved_is_told_to_install_anew(tmp_path):
+    folder = tmp_path / "a new 'place'"
+    (folder / ".venv").mkdir(parents=True)
+    (folder / ".venv/installed").write_text("/old place\n")
+    code, told = make(folder, "setup")
+    assert code == 2
+    assert ".venv was made in /old place, and this folder is another; run: make clean setup" in told
+    assert make(folder, "clean") == (0, "")
+    (folder / ".venv").mkdir()
+    (folder / "pyproject.toml").touch()
+    (folder / ".venv/installed").write_text(f"{folder}\n")
+    assert make(folder, "--touch", "setup") == (0, "")
