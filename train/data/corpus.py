@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from armillary.train.data.cache import Report, digest
-from armillary.train.data.sources import Listing, documents
+from armillary.train.data.documents import documents
+from armillary.train.data.sources import Listing
 from armillary.train.data.tokenizer import Tokenizer
 
 VERSION = 1

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from armillary.train.data import corpus as module
 from armillary.train.data.corpus import open_corpus, pieces, sample, text_hash, threshold, tokenise
-from armillary.train.data.sources import Source, documents, find
+from armillary.train.data.documents import documents
+from armillary.train.data.sources import Source, find
 from armillary.train.data.tokenizer import byte_tokenizer, train_bpe
 
 KEY = "data.sources[0]"

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from armillary.train.data import sources as module
-from armillary.train.data.sources import Source, documents, find
+from armillary.train.data.documents import documents
+from armillary.train.data.sources import Source, find
 
 KEY = "data.sources[0]"
 
