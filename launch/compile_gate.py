@@ -1,6 +1,6 @@
 """`python -m armillary.launch.compile_gate`: every shipped kernel compiles well for every GPU, proved without a GPU.
 
-Compiles all that the `specimens()` of `kernels/*_triton.py` list and fails where one spills registers to memory, needs
+Compiles all that the `specimens()` of modules in `kernels/` list and fails where one spills registers to memory, needs
 more shared memory than a block has, misses the tensor cores it is meant for, or does not compile.
 """
 
@@ -8,9 +8,8 @@ import argparse
 import functools
 import importlib
 import importlib.util
-import json
 import os
-import subprocess
+import re
 import sys
 import tempfile
 import time
@@ -19,11 +18,12 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from armillary.kernels import specimen
 from armillary.kernels.specimen import Specimen
+from armillary.launch.bench.by_name import commit
 from armillary.launch.compiled import DEVICES, Row, compile_specimen
+from armillary.train.files import write_json
 
 KERNELS = "armillary.kernels"
 Job = tuple[tuple[str, ...], str, str]
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         (modules, name, architecture)
         for name, shipped in collect(modules).items()
         for architecture in architectures
-        if architecture in shipped.architectures and options.only in name
+        if architecture in shipped.architectures and re.search(options.only, name)
     ]
     if not jobs:
         print("compile gate: there is no such kernel", file=sys.stderr)
@@ -53,8 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     began = time.perf_counter()
     width = max(len(name) for _, name, _ in jobs)
     rows = []
-    with tempfile.TemporaryDirectory(prefix="compile-gate-") as cache:
-        os.environ["TRITON_CACHE_DIR"] = cache  # empty: nothing that an older kernel left behind can pass
+    with tempfile.TemporaryDirectory(prefix="compile-gate-") as empty:
+        os.environ["TRITON_CACHE_DIR"] = str(options.cache or empty)
         for row in compile_all(jobs):
             print(line(row, width), flush=True)
             rows.append(row)
@@ -65,23 +65,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         order = {(name, architecture): place for place, (_, name, architecture) in enumerate(jobs)}
         rows.sort(key=lambda row: order[row.name, row.architecture])
-        write(options.json, {"triton": version, "commit": commit(), "rows": [asdict(row) for row in rows]})
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        write_json(options.json, {"triton": version, "commit": commit(), "rows": [asdict(row) for row in rows]})
     return 1 if failed else 0
 
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m armillary.launch.compile_gate", description=__doc__)
     parser.add_argument("--arch", action="append", choices=list(DEVICES), help="may be repeated; all by default")
-    parser.add_argument("--only", default="", metavar="TEXT", help="specimens whose name has this in it")
+    parser.add_argument("--only", default="", metavar="REGEX", help="specimens whose name has this in it")
+    parser.add_argument("--cache", type=Path, metavar="FOLDER", help="Triton's cache; an empty one by default")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON too")
     parser.add_argument("--module", action="append", help="take specimens from this module, not from those shipped")
     return parser
 
 
 def shipped_modules() -> list[str]:
-    """Names of the modules of Triton kernels, by listing the folders, so that none can be forgotten."""
+    """Names of the modules in `kernels/` that define `specimens`."""
     root = Path(specimen.__file__).parent
-    paths = sorted(root.glob("**/*_triton.py"))
+    paths = [path for path in sorted(root.glob("**/*.py")) if "\ndef specimens(" in path.read_text()]
     return [".".join((KERNELS, *path.relative_to(root).with_suffix("").parts)) for path in paths]
 
 
@@ -152,18 +154,6 @@ def line(row: Row, width: int) -> str:
             f"shared {row.shared / 1024:5.1f} KiB  warps {row.warps:2d}  {row.seconds:5.1f} s  {products or '-':<9}"
         )
     return f"{row.name:<{width}}  {row.architecture:<6}  {measured}  {'FAILED' if row.failures else 'ok'}"
-
-
-def commit() -> str:
-    """The commit of the working tree, marked where it differs; empty where there is none."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
-    return done.stdout.strip()
-
-
-def write(path: Path, result: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

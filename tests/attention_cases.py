@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from hypothesis import strategies as st
+from tile_cases import masks
 from torch import Tensor
 
-from armillary.kernels.attention.mask import Mask
 from armillary.kernels.attention.places import Places
 from armillary.kernels.attention.tiles import Tile
 
@@ -42,23 +42,6 @@ class Case:
         """Normal numbers in the shape and dtype of a result."""
         generator = torch.Generator().manual_seed(self.seed + number)
         return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype)
-
-
-@st.composite
-def masks(draw: st.DrawFn) -> Mask:
-    """All kinds: causal or not, windows, sinks and strided blocks beside them."""
-    block = draw(st.sampled_from([1, 1, 2, 4]))
-    window = block * draw(st.integers(1, 8))
-    kind = draw(st.sampled_from(["causal", "causal", "full", "window", "band", "sinks", "strided"]))
-    if kind in ("causal", "full"):
-        return Mask(causal=kind == "causal")
-    if kind in ("window", "band"):
-        return Mask(causal=kind == "window", window=window, block=block)
-    sinks = block * draw(st.integers(0, 3))
-    if kind == "sinks":
-        return Mask(window=window, block=block, sinks=sinks)
-    stride, shift = draw(st.integers(1, 5)), draw(st.integers(0, 3))
-    return Mask(window=window, block=block, sinks=sinks, stride=stride, shift=shift)
 
 
 @st.composite

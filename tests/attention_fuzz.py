@@ -11,15 +11,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from attention_cases import masks
 from hypothesis import strategies as st
+from tile_cases import masks
 from torch import Tensor
 
 from armillary.kernels.attention.call import row_dots
 from armillary.kernels.attention.configs import BlockConfig
 from armillary.kernels.attention.places import Places
-from armillary.kernels.attention.reference import reference, seen
+from armillary.kernels.attention.reference import reference
 from armillary.kernels.attention.tiles import Tile
+from armillary.launch.bench_gpu.correctness import formula
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,19 +79,6 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(tile, kv_heads, group, head_dim, config, draw(st.booleans()), draw(st.integers(0, 2**31)))
 
 
-def plain(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
-    """The same in q's dtype, as one writes it in torch."""
-    group = q.shape[2] // k.shape[2]
-    k, v = (part.repeat_interleave(group, 2) for part in (k, v))
-    scores = torch.einsum("bihd,bjhd->bhij", q, k) * tile.scale
-    shown = seen(tile, q.shape[2], q.shape[2] // group, q.device)
-    weights = scores.masked_fill(~shown, -math.inf).softmax(-1)
-    # A row that sees nothing would be NaN, and no measure of anything.
-    weights = weights.masked_fill(~shown.any(-1, keepdim=True), 0)
-    lse = scores.float().masked_fill(~shown, -math.inf).logsumexp(-1)
-    return torch.einsum("bhij,bjhd->bihd", weights, v), lse
-
-
 def gradients(call: Any, inputs: list[Tensor], d_out: Tensor, tile: Tile) -> list[Tensor]:
     leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
     out, _ = call(*leaves, tile)
@@ -98,7 +86,7 @@ def gradients(call: Any, inputs: list[Tensor], d_out: Tensor, tile: Tile) -> lis
 
 
 def assert_close(name: str, got: Tensor, truth: Tensor, peer: Tensor, dtype: torch.dtype, grain: float) -> None:
-    """The rule of this file; `peer` is plain torch's on inputs of `dtype`, `grain` a rounding of the largest number on
+    """The rule of this file; `peer` is `formula`'s on inputs of `dtype`, `grain` a rounding of the largest number on
     the way."""
     got, peer = got.double(), peer.double()
     assert got.isfinite().all(), f"{name} is not finite"
@@ -162,7 +150,7 @@ def check(case: Case, dtype: torch.dtype, module: Any) -> None:
     d_out = case.tensor(3, tile.queries.seq, heads, dtype)
     out, lse, *grads = run(case, dtype, module)
     truth_out, truth_lse = folded(case, reference(*inputs, tile))
-    peer_out, _ = folded(case, plain(*inputs, tile))
+    peer_out, _ = folded(case, formula(*inputs, tile))
     highest = [float(t.abs().max()) if t.numel() else 0.0 for t in (*inputs, d_out)]
     eps = 4 * 2.0**-24
     assert_close("out", out, truth_out, peer_out, dtype, eps * highest[2] * case.head_dim)
@@ -171,7 +159,7 @@ def check(case: Case, dtype: torch.dtype, module: Any) -> None:
     assert ((lse - truth_lse).masked_fill(blind, 0).abs() <= 1e-5 * truth_lse.abs().clamp(min=1)).all(), "lse"
     assert (out.transpose(1, 2)[blind] == 0).all(), "a row that sees nothing is 0"
     truths = gradients(reference, [tensor.double() for tensor in inputs], d_out, tile)
-    peers = gradients(plain, inputs, d_out, tile)
+    peers = gradients(formula, inputs, d_out, tile)
     slope = eps * case.head_dim * highest[3] * max(1.0, highest[2] * max(highest[:2]) * tile.scale)
     for name, got, truth, peer in zip("qkv", grads, truths, peers, strict=True):
         assert_close(f"d{name}", got, truth, peer, dtype, slope)

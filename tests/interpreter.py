@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from armillary.launch.bench_gpu.dry import mend_loop_bounds
+
 COMPARISONS = (np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal)
 
 
@@ -47,7 +49,7 @@ def install() -> None:
     patch_products(interpreter)
     patch_casts(interpreter)
     patch_reductions(interpreter)
-    patch_loop_bounds(interpreter)
+    mend_loop_bounds()
     patch_calls(interpreter)
     # Checks each sum of integers for overflow, in 64 bits: half the time, and no test is large enough to overflow.
     object.__setattr__(interpreter.interpreter_builder.options, "sanitize_overflow", False)
@@ -150,17 +152,6 @@ def patch_reductions(interpreter: Any) -> None:
         return tuple(convert(x, narrow, tl.bfloat16) if bf16 else x for x, bf16 in zip(results, raw, strict=True))
 
     operation.apply = apply
-
-
-def patch_loop_bounds(interpreter: Any) -> None:
-    """`range` of a tensor: numpy 2.4 and newer make no int of an array with a dimension, even of size one."""
-    patch_any = interpreter._patch_lang_tensor
-
-    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
-        patch_any(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    interpreter._patch_lang_tensor = patch_lang_tensor
 
 
 def patch_calls(interpreter: Any) -> None:

@@ -13,16 +13,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import fake_cuda
-import numpy as np
 import torch
 import triton.compiler
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from armillary.kernels import cross_entropy_triton, norm_triton, quantise_triton, rope_triton, swiglu_triton
-from armillary.kernels.attention import flash_triton as attention_triton
-from armillary.kernels.attention import merge_triton
-from armillary.kernels.attention.call import Gradients
+from armillary.kernels.attention import flash_triton, merge_triton
 from armillary.kernels.attention.configs import BlockConfig
 from armillary.kernels.attention.mask import Mask
 from armillary.kernels.attention.places import Places
@@ -30,7 +27,7 @@ from armillary.kernels.attention.tiles import Tile
 from armillary.kernels.quantise import FORMATS, payload_bytes
 from armillary.kernels.vocab_shard import VocabShard
 
-KERNELS = Path(attention_triton.__file__).parent.parent
+KERNELS = Path(flash_triton.__file__).parent.parent
 BF16, FP32 = torch.bfloat16, torch.float32
 HEADS, KV_HEADS = 4, 2
 SMALL = BlockConfig(16, 16, 4, 2)
@@ -52,9 +49,9 @@ def attend(
     q = empty(queries.batch, queries.seq, HEADS, head_dim, dtype=dtype)
     k, v = (empty(keys.batch, keys.seq, KV_HEADS, head_dim, dtype=dtype) for _ in range(2))
     out, lse = torch.zeros(q.shape, dtype=FP32 if into else dtype), torch.zeros(q.shape[0], HEADS, q.shape[1])
-    buffers = Gradients(*(torch.zeros(t.shape, dtype=FP32 if into else dtype) for t in (q, k, v)))
-    attention_triton.forward(q, k, v, tile, out, lse, into, SMALL)
-    attention_triton.backward(q, q, k, v, lse, lse, tile, tuple(buffers), (into,) * 3, (SMALL, SMALL))  # type: ignore[arg-type]
+    d_q, d_k, d_v = (torch.zeros(t.shape, dtype=FP32 if into else dtype) for t in (q, k, v))
+    flash_triton.forward(q, k, v, tile, out, lse, into, SMALL)
+    flash_triton.backward(q, q, k, v, lse, lse, tile, (d_q, d_k, d_v), (into,) * 3, (SMALL, SMALL))
 
 
 def norm(*shape: int) -> None:
@@ -102,16 +99,11 @@ def quantise(size: int, ranks: int = 4, offset: int = 0, stream: tuple[int, int]
         quantise_triton.requantise(payloads, payloads[0].clone(), format, 128, stream, offset)
 
 
-def packed(*lengths: int) -> Places:
-    positions = np.concatenate([np.arange(n) for n in lengths])
-    return Places.of(positions[None], np.repeat(np.arange(len(lengths)), lengths)[None])
-
-
 def prove() -> None:
     """Each kernel with each of its flags."""
     for mask in MASKS:
-        attend(packed(20, 1, 12), mask=mask)
-    attend(packed(20, 1, 12), mask=MASKS[-1], into=True)
+        attend(Places.packed([[20, 1, 12]]), mask=mask)
+    attend(Places.packed([[20, 1, 12]]), mask=MASKS[-1], into=True)
     attend(Places.in_order(2, 40), mask=MASKS[0], head_dim=24, dtype=FP32)
     norm(3, 17)
     rope(2, 9)
@@ -138,7 +130,7 @@ def tiles_of_attention() -> None:
         for step in (1, 2, 16):
             attend(plain, Places.in_order(1, 64, start, step))
     for count in (1, 2, 3, 16, 33):
-        attend(packed(*[1] * (count - 1), 65 - count))
+        attend(Places.packed([[1] * (count - 1) + [65 - count]]))
 
 
 def masks_of_attention() -> None:

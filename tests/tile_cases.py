@@ -22,21 +22,18 @@ def sees(mask: Mask, i: int, j: int, head: int = 0) -> bool:
 @st.composite
 def masks(draw: st.DrawFn) -> Mask:
     """All forms that are allowed, small enough that each part of the rule matters within a few tokens."""
-    causal = draw(st.booleans())
-    if draw(st.integers(0, 3)) == 0:
-        return Mask(causal)
     block = draw(st.sampled_from([1, 1, 2, 3, 4]))
-    window = block * draw(st.integers(1, 4))
-    if not causal:
-        return Mask(False, window, block=block)
-    return Mask(
-        True,
-        window,
-        block * draw(st.integers(0, 3)),
-        block,
-        draw(st.sampled_from([0, 0, 2, 3])),
-        draw(st.integers(0, 2)),
-    )
+    window = block * draw(st.integers(1, 6))
+    kind = draw(st.sampled_from(["causal", "causal", "full", "window", "band", "sinks", "strided", "strided"]))
+    if kind in ("causal", "full"):
+        return Mask(causal=kind == "causal")
+    if kind in ("window", "band"):
+        return Mask(causal=kind == "window", window=window, block=block)
+    sinks = block * draw(st.integers(0, 3))
+    if kind == "sinks":
+        return Mask(window=window, block=block, sinks=sinks)
+    stride, shift = draw(st.integers(1, 5)), draw(st.integers(0, 3))
+    return Mask(window=window, block=block, sinks=sinks, stride=stride, shift=shift)
 
 
 @st.composite

@@ -117,17 +117,17 @@ def backward(
     """
     into = into or Gradients()
     inputs = (q, k, v)
-    buffers = [_buffer(t) if given is None else given for t, given in zip(inputs, into, strict=True)]
+    d_q, d_k, d_v = (_buffer(t) if given is None else given for t, given in zip(inputs, into, strict=True))
     add = tuple(given is not None for given in into)
     if q.numel() > 0 and k.numel() > 0:
         d_out, q, k, v = map(_in_rows, (d_out, q, k, v))
         chosen = implementation_of(q, tile, implementation)
-        chosen.backward(d_out, q, k, v, lse, delta, tile, Gradients(*buffers), add)
+        chosen.backward(d_out, q, k, v, lse, delta, tile, (d_q, d_k, d_v), add)
     else:
-        for buffer, kept in zip(buffers, add, strict=True):
+        for buffer, kept in zip((d_q, d_k, d_v), add, strict=True):
             if not kept:
                 buffer.zero_()
-    return Gradients(*buffers)
+    return Gradients(d_q, d_k, d_v)
 
 
 def row_dots(out: Tensor, d_out: Tensor, lse: Tensor, d_lse: Tensor | None = None) -> Tensor:

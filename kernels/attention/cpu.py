@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from armillary.kernels.attention.call import Gradients
 from armillary.kernels.attention.cpu_plan import Part, Piece, plan, seen
 from armillary.kernels.attention.merge import merge_
 from armillary.kernels.attention.tiles import Tile
@@ -33,7 +32,7 @@ NEVER = 1e30
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile, out: Tensor, lse: Tensor, fold: bool) -> None:
-    """See `attention_choice.IMPLEMENTATIONS`."""
+    """See `choice.IMPLEMENTATIONS`."""
     group = q.shape[2] // k.shape[2]
     q, k, v = (tensor.to(lse.dtype).transpose(1, 2) for tensor in (q, k, v))
     for piece in plan(tile, k.shape[1]):
@@ -84,10 +83,10 @@ def backward(
     lse: Tensor,
     delta: Tensor,
     tile: Tile,
-    gradients: Gradients,
+    gradients: tuple[Tensor, Tensor, Tensor],
     add: tuple[bool, ...],
 ) -> None:
-    """See `attention_choice.IMPLEMENTATIONS`."""
+    """See `choice.IMPLEMENTATIONS`."""
     wide, head_dim, group = lse.dtype, q.shape[3], q.shape[2] // k.shape[2]
     d_out, q, k, v = (tensor.to(wide).transpose(1, 2) for tensor in (d_out, q, k, v))
     lse = lse.masked_fill(lse == -math.inf, NEVER)
@@ -108,9 +107,9 @@ def backward(
     pieces = plan(tile, k.shape[1])
     if _in_one_call(pieces, q, k) and not any(add):
         for buffer, new in zip(gradients, of_part(pieces[0], pieces[0].parts[0]), strict=True):
-            _filled(buffer).copy_(new)
+            buffer.copy_(new)
         return
-    sums = [_sum(_filled(buffer), added, wide) for buffer, added in zip(gradients, add, strict=True)]
+    sums = [_sum(buffer, added, wide) for buffer, added in zip(gradients, add, strict=True)]
     for piece in pieces:
         heads = slice(piece.heads.start * group, piece.heads.stop * group)
         for part in piece.parts:
@@ -124,7 +123,7 @@ def backward(
                     view.index_add_(1, part.keys, new.to(view.dtype))
     for buffer, total in zip(gradients, sums, strict=True):
         if buffer is not total:
-            _filled(buffer).copy_(total)
+            buffer.copy_(total)
 
 
 def _in_one_call(pieces: list[Piece], q: Tensor, k: Tensor) -> bool:
@@ -134,11 +133,6 @@ def _in_one_call(pieces: list[Piece], q: Tensor, k: Tensor) -> bool:
     piece, part = pieces[0], pieces[0].parts[0]
     stretches = (piece.rows, piece.heads, part.queries, part.keys)
     return stretches == tuple(slice(0, size) for size in (k.shape[0], k.shape[1], q.shape[2], k.shape[2]))
-
-
-def _filled(buffer: Tensor | None) -> Tensor:
-    assert buffer is not None
-    return buffer
 
 
 def _sum(buffer: Tensor, added: bool, wide: torch.dtype) -> Tensor:

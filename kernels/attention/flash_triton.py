@@ -12,9 +12,7 @@ from armillary.kernels.attention.flash_forward import forward_kernel
 from armillary.kernels.attention.flash_key_gradient import key_gradient_kernel
 from armillary.kernels.attention.flash_query_gradient import query_gradient_kernel
 from armillary.kernels.attention.flash_ranges import Rule
-from armillary.kernels.attention.specimens import all_specimens
 from armillary.kernels.attention.tiles import Tile, key_tables, query_tables
-from armillary.kernels.specimen import Specimen
 
 LOG2E = 1 / math.log(2)
 PARTS = {False: ((True, True),), True: ((True, False), (False, True))}
@@ -24,7 +22,7 @@ PARTS = {False: ((True, True),), True: ((True, False), (False, True))}
 def forward(
     q: Tensor, k: Tensor, v: Tensor, tile: Tile, out: Tensor, lse: Tensor, fold: bool, config: BlockConfig | None = None
 ) -> None:
-    """Fills `out` and `lse`, or folds the tile into what they hold (float32). See `attention.forward`."""
+    """Fills `out` and `lse`, or folds the tile into what they hold (float32). See `call.forward`."""
     config = config or _config("forward", q)
     tables = query_tables(tile, config.queries, q.device)
     q, k, v = map(_rows_of_dims, (q, k, v))
@@ -45,11 +43,11 @@ def backward(
     lse: Tensor,
     delta: Tensor,
     tile: Tile,
-    gradients: tuple[Any, Any, Any],
+    gradients: tuple[Tensor, Tensor, Tensor],
     add: tuple[bool, ...],
     configs: tuple[BlockConfig, BlockConfig] | None = None,
 ) -> None:
-    """Fills the buffers `gradients`, or adds to those whose flag is set. See `attention.backward`."""
+    """Fills the buffers `gradients`, or adds to those whose flag is set. See `call.backward`."""
     for_queries, for_keys = configs or (_config("query_gradient", q), _config("key_gradient", q))
     d_out, q, k, v = map(_rows_of_dims, (d_out.to(q.dtype), q, k, v))
     dq, dk, dv = gradients
@@ -115,8 +113,3 @@ def architecture_of(device: torch.device) -> str:
 def _rows_of_dims(tensor: Tensor) -> Tensor:
     """The tensor with neighbouring channels next to each other in memory."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def specimens() -> list[Specimen]:
-    """See `attention/specimens.py`."""
-    return all_specimens()

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from armillary.kernels.select import use_triton
 
 Pair = tuple[Tensor, Tensor]
-"""A partial result, for example `attention.Partial`."""
+"""A partial result, for example `call.Partial`."""
 PIECE = 1 << 16
 """Numbers taken at a time on the CPU where dtypes differ, so that what is cast stays in the cache."""
 TRITON_DIM = 1024

@@ -56,6 +56,12 @@ class Places:
         return cls(batch, seq, np.concatenate(tables) if tables else np.zeros((0, 6), np.int64))
 
     @classmethod
+    def packed(cls, rows: Sequence[Sequence[int]]) -> Self:
+        """Rows of whole documents: the lengths of each row's, one after the other; all rows of the same sum."""
+        positions = np.stack([np.concatenate([np.arange(length) for length in lengths]) for lengths in rows])
+        return cls.of(positions, np.stack([np.repeat(np.arange(len(lengths)), lengths) for lengths in rows]))
+
+    @classmethod
     def joined(cls, parts: "Sequence[Places]") -> Self:
         """The tokens of all parts, row by row one part after the other; documents keep their numbers.
 

@@ -8,7 +8,6 @@ import math
 import torch
 from torch import Tensor
 
-from armillary.kernels.attention.call import Gradients
 from armillary.kernels.attention.mask import visible
 from armillary.kernels.attention.tiles import Tile
 
@@ -39,7 +38,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tens
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile, out: Tensor, lse: Tensor, fold: bool) -> None:
-    """See `attention_choice.IMPLEMENTATIONS`."""
+    """See `choice.IMPLEMENTATIONS`."""
     new_out, new_lse = reference(q, k, v, tile)
     if fold:
         both = torch.stack([lse.double(), new_lse])
@@ -59,10 +58,10 @@ def backward(
     lse: Tensor,
     delta: Tensor,
     tile: Tile,
-    gradients: Gradients,
+    gradients: tuple[Tensor, Tensor, Tensor],
     add: tuple[bool, ...],
 ) -> None:
-    """See `attention_choice.IMPLEMENTATIONS`."""
+    """See `choice.IMPLEMENTATIONS`."""
     scores, shown, wide_v = _scores(q, k, v, tile)
     d_out, wide_q, wide_k = d_out.double(), q.double(), _each_head(k, q)
     weights = torch.where(shown & (lse != -math.inf)[..., None], (scores - lse.double()[..., None]).exp(), 0)
@@ -74,7 +73,6 @@ def backward(
     # The query heads of one key head add up.
     d_k, d_v = (part.unflatten(2, (k.shape[2], -1)).sum(3) for part in (d_k, d_v))
     for buffer, new, added in zip(gradients, (d_q, d_k, d_v), add, strict=True):
-        assert buffer is not None
         buffer.copy_(buffer.double() + new if added else new)
 
 

@@ -1,4 +1,4 @@
-"""The attention kernels as they are shipped, to be compiled as proof: `attention_triton.specimens`."""
+"""The attention kernels as they are shipped, to be compiled as proof."""
 
 from collections.abc import Iterator
 
@@ -23,7 +23,7 @@ RULES = {
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def all_specimens() -> list[Specimen]:
+def specimens() -> list[Specimen]:
     """Every configuration with every kind of mask; with the fullest, ragged heads and float32 too."""
     found: list[Specimen] = []
     for kernel in KERNELS:
@@ -44,17 +44,17 @@ def _shipped(kernel: str, head_dim: int, rule: str, dtype: str, into: bool) -> I
     for architecture in ARCHITECTURES:
         users.setdefault(block_config(kernel, head_dim, DTYPES[dtype], architecture), []).append(architecture)
     for config, architectures in users.items():
-        yield from specimens_of(kernel, head_dim, rule, dtype, config, into, tuple(architectures))
+        yield from _launches(kernel, head_dim, rule, dtype, config, into, tuple(architectures))
 
 
-def specimens_of(
+def _launches(
     kernel: str,
     head_dim: int,
     rule: str,
     dtype: str,
     config: BlockConfig,
     into: bool,
-    architectures: tuple[str, ...] = ARCHITECTURES,
+    architectures: tuple[str, ...],
 ) -> list[Specimen]:
     """The kernel's launches with one configuration; `into` folds into or adds to float32 buffers."""
     function = FUNCTIONS[kernel]

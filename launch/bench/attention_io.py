@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from armillary.kernels.attention.configs import block_config
@@ -40,9 +39,7 @@ class Case:
         return f"{sum(self.lengths)} tokens, {documents}{heads}, {text_of(self.mask)}"
 
     def tile(self) -> Tile:
-        positions = np.concatenate([np.arange(length) for length in self.lengths])[None]
-        documents = np.repeat(np.arange(len(self.lengths)), self.lengths)[None]
-        places = Places.of(positions, documents)
+        places = Places.packed([self.lengths])
         return Tile(places, places, self.mask, 1.0)
 
 

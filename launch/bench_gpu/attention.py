@@ -49,9 +49,7 @@ class Case:
         return "window" if self.mask.window else "causal" if self.mask.causal else "full"
 
     def tile(self) -> Tile:
-        positions = np.concatenate([np.arange(length) for length in self.lengths])
-        documents = np.repeat(np.arange(len(self.lengths)), self.lengths)
-        places = Places.of(np.tile(positions, (self.batch, 1)), np.tile(documents, (self.batch, 1)))
+        places = Places.packed([self.lengths] * self.batch)
         return Tile(places, places, self.mask, self.head_dim**-0.5)
 
     def flop(self) -> float:

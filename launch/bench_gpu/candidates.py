@@ -100,13 +100,11 @@ def _launches(kernel: str, case: Case, setting: Setting) -> Callable[[Any], Any]
     if kernel == "forward":
         return lambda config: flash_triton.forward(q, k, v, tile, out, lse, False, config)
     delta = front.row_dots(out, d_out, lse)
-    buffers = [torch.empty_like(tensor) for tensor in (q, k, v)]
+    buffers = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
 
     def backward(config: Any) -> None:
         nothing = (False, False, False)
-        flash_triton.backward(
-            d_out, q, k, v, lse, delta, tile, buffers, nothing, configs=(config, config)  # type: ignore[arg-type]
-        )  # fmt: skip
+        flash_triton.backward(d_out, q, k, v, lse, delta, tile, buffers, nothing, configs=(config, config))
 
     return backward
 

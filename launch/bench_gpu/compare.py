@@ -28,12 +28,13 @@ def nan_filled() -> Iterator[None]:
         yield
 
 
-def results(call: Callable[..., Any], inputs: Sequence[Tensor], pulls: Sequence[Tensor]) -> list[Tensor]:
-    """What `call` gives for `inputs`, and the inputs' gradients where the results are pulled so."""
+def results(call: Callable[..., Any], inputs: Sequence[Tensor], pulls: Sequence[Tensor | None]) -> list[Tensor]:
+    """What `call` gives for `inputs`, then the inputs' gradients; a result whose pull is None is left alone."""
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
     outputs = call(*leaves)
     outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
-    gradients = torch.autograd.grad(outputs, leaves, list(pulls), allow_unused=True)
+    pulled, given = zip(*[pair for pair in zip(outputs, pulls, strict=True) if pair[1] is not None], strict=True)
+    gradients = torch.autograd.grad(pulled, leaves, given, allow_unused=True)
     zeros = (torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, gradients, strict=True))
     return [tensor.detach() for tensor in [*outputs, *zeros]]
 

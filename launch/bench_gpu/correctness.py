@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -96,11 +95,12 @@ def tiles(sizes: Sizes, mask: Mask) -> dict[str, Tile]:
     seq, scale = sizes.seq, sizes.head_dim**-0.5
     plain = Places.in_order(2, seq)
     lengths = [seq // 2 + 3, 1, seq // 4, seq - seq // 2 - 4 - seq // 4]
-    positions = np.concatenate([np.arange(n) for n in lengths])
-    documents = np.repeat(np.arange(len(lengths)), lengths)
-    # The second row's tokens stand the other way round, each a run of its own: too slow for the interpreter.
-    other = slice(None, None, -1 if seq > 100 else 1)
-    packed = Places.of(np.stack([positions, positions[other]]), np.stack([documents, documents[other]]))
+    packed = Places.packed([lengths, lengths])
+    if seq > 100:
+        # The second row's tokens stand the other way round, each a run of its own: too slow for the interpreter.
+        positions, documents = (grid.numpy().copy() for grid in (packed.positions(), packed.documents()))
+        positions[1], documents[1] = positions[0, ::-1], documents[0, ::-1]
+        packed = Places.of(positions, documents)
     queries, keys = Places.in_order(2, seq, 5, 4), Places.in_order(2, seq - seq // 3, seq // 3, 3)
     first = 1 if mask.shift else 0
     return {
@@ -184,10 +184,11 @@ def _others(tile: Tile, inputs: Sequence[Tensor], pulls: Sequence[Tensor]) -> tu
 
 
 def formula(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
-    """The peer: attention's formula in plain torch, every step in the dtype of the inputs."""
+    """The peer: attention's formula in plain torch, every step in the dtype of the inputs; blind rows as ours."""
     shown, group = seen(tile, q.shape[2], k.shape[2], q.device), q.shape[2] // k.shape[2]
     k, v = (t.repeat_interleave(group, dim=2) for t in (k, v))
     scores = (torch.einsum("bihd,bjhd->bhij", q, k) * tile.scale).masked_fill(~shown, -math.inf)
     blind = ~shown.any(-1, keepdim=True)
     weights = scores.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0)
-    return torch.einsum("bhij,bjhd->bihd", weights, v), scores.float().masked_fill(blind, 0).logsumexp(-1)
+    lse = scores.float().masked_fill(blind, 0).logsumexp(-1).masked_fill(blind[..., 0], -math.inf)
+    return torch.einsum("bhij,bjhd->bihd", weights, v), lse

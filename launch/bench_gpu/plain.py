@@ -14,14 +14,14 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def plain_norm(x: Tensor, weight: Tensor) -> Tensor:
+def plain_norm(x: Tensor, weight: Tensor, eps: float = EPS) -> Tensor:
     numbers = wide(x)
-    return (numbers * (numbers.square().mean(-1, keepdim=True) + EPS).rsqrt()).to(x.dtype) * weight
+    return (numbers * (numbers.square().mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype) * weight
 
 
-def plain_norm_of_sum(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def plain_norm_of_sum(x: Tensor, residual: Tensor, weight: Tensor, eps: float = EPS) -> tuple[Tensor, Tensor]:
     total = x + residual
-    return plain_norm(total, weight), total
+    return plain_norm(total, weight, eps), total
 
 
 def plain_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

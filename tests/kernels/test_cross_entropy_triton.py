@@ -174,12 +174,3 @@ def test_triton_is_what_ran(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight = torch.ones(5, 4, device=DEVICE), torch.ones(3, 4, device=DEVICE)
     linear_cross_entropy(hidden, weight, torch.zeros(5, dtype=torch.int64, device=DEVICE), chunk=2)
     assert len(calls) == 3
-
-
-def test_specimens_name_every_argument() -> None:
-    names = set()
-    for specimen in ours.specimens():
-        assert set(specimen.kernel.arg_names) == set(specimen.signature) | set(specimen.constants)
-        assert specimen.unaligned < set(specimen.signature)
-        names.add(specimen.name)
-    assert len(names) == len(ours.specimens())

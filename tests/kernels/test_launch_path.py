@@ -59,14 +59,14 @@ COMPILATIONS = {
 """Most compilations of one kernel with one set of constants and dtypes, over all sizes of a scenario."""
 
 
-def program(what: str, folder: Path) -> dict[str, Any]:
-    """What tests/launch_program.py prints."""
+def program(what: str, cache: Path) -> dict[str, Any]:
+    """What tests/launch_program.py prints; `cache` is Triton's."""
     pytest.importorskip("triton")
     environment = {
         key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "ARMILLARY_KERNELS")
     }
     paths = [os.environ.get("PYTHONPATH", ""), str(TESTS), str(TESTS.parent / ".pkg")]
-    environment |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "TRITON_CACHE_DIR": str(folder)}
+    environment |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "TRITON_CACHE_DIR": str(cache)}
     command = [sys.executable, str(TESTS / "launch_program.py"), what]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=280)
     assert done.returncode == 0, done.stderr
@@ -74,9 +74,9 @@ def program(what: str, folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_every_kernel_is_launched(tmp_path: Path) -> None:
+def test_every_kernel_is_launched() -> None:
     """Compiled from its launcher's own arguments, which the driver's library would take."""
-    result = program("prove", tmp_path)
+    result = program("prove", TESTS.parent / ".cache/compiled")
     shipped = compile_gate.collect(tuple(compile_gate.shipped_modules())).values()
     names = {f"{each.kernel.fn.__module__.rpartition('.')[2]}.{each.kernel.fn.__name__}" for each in shipped}
     assert set(result["kernels"]) == names

@@ -5,20 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import leaves, results
-from torch import Tensor
 
 from armillary.kernels.norm import CPU_ROWS, add_rms_norm, rms_norm
+from armillary.launch.bench_gpu.plain import plain_norm, plain_norm_of_sum
 
 SHAPES = [(3,), (1, 1, 8), (2, 5, 6), (CPU_ROWS - 1, 4), (CPU_ROWS, 4), (CPU_ROWS + 1, 4), (2, CPU_ROWS, 3, 4)]
-
-
-def plain_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    wide = x if x.dtype == torch.float64 else x.float()
-    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
-
-
-def plain_added(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return plain_norm(x + residual, weight, eps), x + residual
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -69,7 +60,7 @@ def test_sum_and_norm_and_their_gradients(shape: tuple[int, ...], part: str) -> 
     inputs, pulls = leaves(shape, shape, shape[-1:]), leaves(shape, shape, seed=1)
     pulled = [None if part == "sum" else pulls[0], None if part == "norm" else pulls[1]]
     got = results(lambda *a: add_rms_norm(*a, 1e-5), inputs, pulled)
-    want = results(lambda *a: plain_added(*a, 1e-5), inputs, pulled)
+    want = results(lambda *a: plain_norm_of_sum(*a, 1e-5), inputs, pulled)
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-11)
 
 

@@ -9,22 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import DTYPES, check, kernels, leaves, results
-from torch import Tensor
 
 from armillary.kernels.norm import TRITON_DIM, add_rms_norm, rms_norm
+from armillary.launch.bench_gpu.plain import plain_norm, plain_norm_of_sum
 
 interpreter.install()
 
 DIMS = st.one_of(st.integers(1, 300), st.sampled_from([64, 80, 128, 1000, 2048]))
-
-
-def plain(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    wide = x if x.dtype == torch.float64 else x.float()
-    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
-
-
-def plain_added(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return plain(x + residual, weight, eps), x + residual
 
 
 def tiled(programs: int, dim: int, parts: int = 1) -> Any:
@@ -51,25 +42,25 @@ def test_norm_and_its_gradients(
     )
     with tiled(programs, dim, parts):
         if part == "norm":
-            check("norm", lambda *a: rms_norm(*a, eps), lambda *a: plain(*a, eps), (x, weight), (pull,))
+            check("norm", lambda *a: rms_norm(*a, eps), lambda *a: plain_norm(*a, eps), (x, weight), (pull,))
         else:
             pulls = (None if part == "sum" else pull, None if part == "out" else push)
             inputs = (x, residual, weight)
-            check("norm", lambda *a: add_rms_norm(*a, eps), lambda *a: plain_added(*a, eps), inputs, pulls)
+            check("norm", lambda *a: add_rms_norm(*a, eps), lambda *a: plain_norm_of_sum(*a, eps), inputs, pulls)
 
 
 @pytest.mark.parametrize("dim", [5120, TRITON_DIM - 3, TRITON_DIM, TRITON_DIM + 1])
 def test_long_rows(dim: int) -> None:
     inputs = leaves((3, dim), (3, dim), (dim,), dtype=torch.bfloat16)
     pulls = leaves((3, dim), (3, dim), dtype=torch.bfloat16, seed=1)
-    check("norm", lambda *a: add_rms_norm(*a, 1e-5), lambda *a: plain_added(*a, 1e-5), inputs, pulls)
+    check("norm", lambda *a: add_rms_norm(*a, 1e-5), lambda *a: plain_norm_of_sum(*a, 1e-5), inputs, pulls)
 
 
 def test_many_short_rows() -> None:
     """As the heads of queries are."""
     x, weight, pull = leaves((7, 41, 4, 64), (64,), (7, 41, 4, 64), dtype=torch.bfloat16)
     with tiled(5, 64):
-        check("norm", lambda *a: rms_norm(*a, 1e-6), lambda *a: plain(*a, 1e-6), (x, weight), (pull,))
+        check("norm", lambda *a: rms_norm(*a, 1e-6), lambda *a: plain_norm(*a, 1e-6), (x, weight), (pull,))
 
 
 def test_any_layout_and_expanded_gradients() -> None:
@@ -80,7 +71,7 @@ def test_any_layout_and_expanded_gradients() -> None:
 
     one = torch.ones((), device=base.device)
     pulls = (one.expand(6, 5, 24), leaves((5, 6, 24), dtype=torch.float32)[0].transpose(0, 1))
-    check("norm", of(add_rms_norm), of(plain_added), (base, other, weight), pulls)
+    check("norm", of(add_rms_norm), of(plain_norm_of_sum), (base, other, weight), pulls)
 
 
 def test_rows_at_a_distance_are_read_where_they_lie() -> None:
@@ -92,8 +83,8 @@ def test_rows_at_a_distance_are_read_where_they_lie() -> None:
     def of(call: Any) -> Any:
         return lambda a, b, w: call(a[..., 16:], b[..., 6:], w, 1e-5)
 
-    check("norm", of(add_rms_norm), of(plain_added), (wide, other, weight), pulls)
-    alone, plain_alone = (lambda a, w, f=f: f(a[..., 16:], w, 1e-5) for f in (rms_norm, plain))
+    check("norm", of(add_rms_norm), of(plain_norm_of_sum), (wide, other, weight), pulls)
+    alone, plain_alone = (lambda a, w, f=f: f(a[..., 16:], w, 1e-5) for f in (rms_norm, plain_norm))
     check("norm", alone, plain_alone, (wide, weight), pulls[:1])
     with tiled(2, 24, parts=2):
         check("norm", alone, plain_alone, (wide, weight), pulls[:1])
@@ -108,7 +99,7 @@ def test_casts_in_llamas_order(dtype: torch.dtype) -> None:
         alone = rms_norm(total.detach(), weight, 1e-5)
     assert torch.equal(total, x + residual)
     assert torch.equal(out, alone)
-    same = (out == plain(x + residual, weight, 1e-5)).float().mean()
+    same = (out == plain_norm(x + residual, weight, 1e-5)).float().mean()
     assert same > (0.5 if dtype == torch.float32 else 0.99)
 
 
@@ -117,5 +108,5 @@ def test_a_float32_weight_on_a_bfloat16_stream() -> None:
     with kernels("norm=triton"):
         out, d_x, d_weight = results(lambda *a: rms_norm(*a, 1e-5), (x, weight), (pull,))
     assert (out.dtype, d_x.dtype, d_weight.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
-    want = plain(x, weight, 1e-5).to(torch.bfloat16)
+    want = plain_norm(x, weight, 1e-5).to(torch.bfloat16)
     torch.testing.assert_close(out, want, rtol=2**-7, atol=0)

@@ -12,18 +12,9 @@ from kernel_checks import DEVICE, DTYPES, check, kernels, leaves, results
 from torch import Tensor
 
 from armillary.kernels.rope import frequencies, rotate_qk, tables
+from armillary.launch.bench_gpu.plain import plain_rope
 
 interpreter.install()
-
-
-def plain(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """In float32, or float64 where q and k are; the tables are float32 either way, and exact."""
-
-    def turn(x: Tensor) -> Tensor:
-        first, second = (x if x.dtype == torch.float64 else x.float()).chunk(2, dim=-1)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
-
-    return turn(q), turn(k)
 
 
 def angles(rows: int, seq: int, head_dim: int) -> tuple[Tensor, Tensor]:
@@ -50,7 +41,7 @@ def test_turned_and_gradients_turned_back(
     cos, sin = angles(1 if alike else batch, seq, 2 * half)
     inputs, pulls = (leaves(*shapes, dtype=dtype, seed=seed) for seed in (0, 1))
     with mock.patch("armillary.kernels.rope_triton.PAIRS", pairs):
-        check("rope", lambda *a: rotate_qk(*a, cos, sin), lambda *a: plain(*a, cos, sin), inputs, pulls)
+        check("rope", lambda *a: rotate_qk(*a, cos, sin), lambda *a: plain_rope(*a, cos, sin), inputs, pulls)
 
 
 def test_any_layout() -> None:
@@ -62,11 +53,11 @@ def test_any_layout() -> None:
     def of(call: Any) -> Any:
         return lambda q, k: call(q.transpose(1, 2), k[..., 8:32:2], cos, sin)
 
-    check("rope", of(rotate_qk), of(plain), inputs, pulls)
+    check("rope", of(rotate_qk), of(plain_rope), inputs, pulls)
     check(
         "rope",
         of(rotate_qk),
-        of(plain),
+        of(plain_rope),
         inputs,
         (pulls[0], leaves((7, 2, 2, 12), dtype=torch.float32)[0].transpose(0, 1)),
     )
@@ -91,4 +82,4 @@ def test_a_result_that_is_not_used_pulls_nothing() -> None:
     q, k = leaves((1, 4, 2, 8), (1, 4, 1, 8), dtype=torch.float32)
     cos, sin = angles(1, 4, 8)
     pulls = (None, torch.ones_like(k))
-    check("rope", lambda *a: rotate_qk(*a, cos, sin), lambda *a: plain(*a, cos, sin), (q, k), pulls)
+    check("rope", lambda *a: rotate_qk(*a, cos, sin), lambda *a: plain_rope(*a, cos, sin), (q, k), pulls)

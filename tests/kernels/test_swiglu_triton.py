@@ -5,21 +5,17 @@ from unittest import mock
 import interpreter
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import DEVICE, DTYPES, check, kernels, leaves, results
 from torch import Tensor
 
 from armillary.kernels.swiglu import swiglu
+from armillary.launch.bench_gpu.plain import plain_swiglu
 
 interpreter.install()
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
-
-
-def plain(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate) * up
 
 
 @settings(max_examples=40, deadline=None)
@@ -33,7 +29,7 @@ def test_swiglu_and_its_gradients(shape: list[int], dtype: torch.dtype, block: i
     gate, up, pull = leaves(shape, shape, shape, dtype=dtype)
     gate = (gate.detach() * scale).requires_grad_()
     with mock.patch("armillary.kernels.swiglu_triton.BLOCK", block):
-        check("swiglu", swiglu, plain, (gate, up), (pull,))
+        check("swiglu", swiglu, plain_swiglu, (gate, up), (pull,))
 
 
 def test_any_layout_and_expanded_gradients() -> None:
@@ -43,7 +39,7 @@ def test_any_layout_and_expanded_gradients() -> None:
     def of(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         return a[..., ::2], b.transpose(0, 2)[..., 20:]
 
-    check("swiglu", lambda *a: swiglu(*of(*a)), lambda *a: plain(*of(*a)), (gate, up), (pull,))
+    check("swiglu", lambda *a: swiglu(*of(*a)), lambda *a: plain_swiglu(*of(*a)), (gate, up), (pull,))
 
 
 def test_far_out_it_is_zero_or_the_product() -> None:

@@ -141,11 +141,3 @@ def test_poison_is_not_hidden() -> None:
     out, lse = merge((one, two), (three, four))
     assert out.isnan().sum(-1).flatten().tolist() == [8, 8, 1]
     assert lse.isnan().flatten().tolist() == [True, True, False]
-
-
-def test_specimens_are_what_the_launcher_compiles() -> None:
-    specimens = merge_triton.specimens()
-    assert len({specimen.name for specimen in specimens}) == len(specimens)
-    for specimen in specimens:
-        assert set(specimen.signature) | set(specimen.constants) == set(specimen.kernel.arg_names)
-        assert specimen.unaligned <= set(specimen.signature)

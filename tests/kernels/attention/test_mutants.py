@@ -7,7 +7,6 @@ from pathlib import Path
 from types import ModuleType
 
 import interpreter
-import numpy as np
 import pytest
 import torch
 from attention_fuzz import Case, check
@@ -18,12 +17,11 @@ from armillary.kernels.attention.places import Places
 from armillary.kernels.attention.tiles import Tile
 
 interpreter.install()
-from armillary.kernels.attention import flash_triton as attention_triton  # noqa: E402
+from armillary.kernels.attention import flash_triton  # noqa: E402
 
-KERNELS = Path(attention_triton.__file__).parent
+KERNELS = Path(flash_triton.__file__).parent
 FILES = (
     "flash_triton",
-    "specimens",
     "flash_forward",
     "flash_key_gradient",
     "flash_query_gradient",
@@ -65,8 +63,7 @@ def handful() -> Iterator[Case]:
     ring = Tile(Places.in_order(1, 37, 20), Places.in_order(1, 41, 3), Mask(), 0.3)
     ahead = Tile(Places.in_order(1, 20, 5), Places.in_order(1, 20, 12), Mask(), 0.3)
     striped = Tile(Places.in_order(1, 35, 2, 3), Places.in_order(1, 35, 1, 3), Mask(), 0.3)
-    positions = np.array([[*range(19), *range(7), *range(21)]] * 2)
-    packed = Places.of(positions, np.array([[0] * 19 + [1] * 7 + [2] * 21] * 2))
+    packed = Places.packed([[19, 7, 21]] * 2)
     long = Places.in_order(1, 90)
     window = Tile(long, long, Mask(window=24), 0.3)
     band = Tile(packed, packed, Mask(causal=False, window=6), 0.3)

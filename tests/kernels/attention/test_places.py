@@ -45,9 +45,7 @@ def test_runs_hold_each_token_once(grid: Any) -> None:
 def test_packed_documents_are_a_run_each(rows: list[list[int]]) -> None:
     seq = max(map(sum, rows))
     rows = [[*lengths, seq - sum(lengths)] if sum(lengths) < seq else lengths for lengths in rows]
-    positions = np.array([np.concatenate([np.arange(n) for n in lengths]) for lengths in rows])
-    documents = np.array([np.repeat(np.arange(len(lengths)), lengths) for lengths in rows])
-    runs = Places.of(positions, documents).runs
+    runs = Places.packed(rows).runs
     expected = [
         (row, start, n, 0, 1, document)
         for row, lengths in enumerate(rows)

@@ -6,19 +6,11 @@ import torch
 import torch.nn.functional as F
 from attention_cases import Case, cases
 from hypothesis import given, settings
+from tile_cases import sees
 from torch import Tensor
 
-from armillary.kernels.attention.call import Gradients, row_dots
-from armillary.kernels.attention.mask import Mask
+from armillary.kernels.attention.call import row_dots
 from armillary.kernels.attention.reference import backward, forward, reference, seen
-
-
-def sees(mask: Mask, i: int, j: int, head: int) -> bool:
-    """The docstring of `Mask`, one pair at a time."""
-    block_i, block_j = i // mask.block, j // mask.block
-    near = not mask.window or abs(block_i - block_j) * mask.block < mask.window
-    strided = mask.stride > 0 and (block_j + mask.shift * head) % mask.stride == 0
-    return (not mask.causal or j <= i) and (near or j < mask.sinks or strided)
 
 
 def seen_in_words(case: Case) -> Tensor:
@@ -63,12 +55,13 @@ def test_backward_is_autograds_and_never_nan(case: Case) -> None:
     truth = torch.autograd.grad([out, lse], leaves, [d_out, d_lse])
     assert all(gradient.isfinite().all() for gradient in truth)
     delta = row_dots(out.detach(), d_out, lse.detach(), d_lse)
-    buffers = Gradients(*(torch.full_like(leaf, math.nan, requires_grad=False) for leaf in leaves))
+    d_q, d_k, d_v = (torch.full_like(leaf, math.nan, requires_grad=False) for leaf in leaves)
+    buffers = (d_q, d_k, d_v)
     q, k, v = (leaf.detach() for leaf in leaves)
     backward(d_out, q, k, v, lse.detach(), delta, case.tile, buffers, (False,) * 3)
-    torch.testing.assert_close(tuple(buffers), truth, rtol=0, atol=1e-11)
+    torch.testing.assert_close(buffers, truth, rtol=0, atol=1e-11)
     backward(d_out, q, k, v, lse.detach(), delta, case.tile, buffers, (True,) * 3)
-    torch.testing.assert_close(tuple(buffers), tuple(2 * t for t in truth), rtol=0, atol=2e-11)
+    torch.testing.assert_close(buffers, tuple(2 * t for t in truth), rtol=0, atol=2e-11)
 
 
 @settings(max_examples=30, deadline=None)
