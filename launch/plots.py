@@ -1,4 +1,4 @@
-"""Plots of a run's metrics as SVG elements for a page, and the numbers that can be plotted in rows of any shape.
+"""Plots of a run's metrics as SVG elements for a page.
 
 Each colour is a stand-in that becomes a variable of the page's style sheet, so that a plot follows the page's theme.
 """
@@ -10,13 +10,12 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from armillary.launch.story import Points, points_of, values_of
 from armillary.train.metrics_file import Row
 from armillary.train.words import quantity
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-Points = list[tuple[float, float]]
 
 MUTED, RULE, TRAIN, HELD, WARN = (f"#00000{digit}" for digit in range(1, 6))
 VARIABLES = {MUTED: "muted", RULE: "rule", TRAIN: "train", HELD: "held", WARN: "warn"}
@@ -31,26 +30,9 @@ METRICS = {
 }
 
 
-def number_of(value: Any) -> float | None:
-    """The value as a number that can be plotted, or None."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
-        return None
-    return float(value)
-
-
-def short(number: float) -> str:
+def brief(number: float) -> str:
     """A figure of any size in few characters."""
     return quantity(number) if abs(number) >= 10_000 else f"{number:.4g}"
-
-
-def points_of(rows: Iterable[Row], name: str, along: str = "step") -> Points:
-    """The finite values of a metric along another."""
-    pairs = ((number_of(row.get(along)), number_of(row.get(name))) for row in rows)
-    return [(x, y) for x, y in pairs if x is not None and y is not None]
-
-
-def values_of(rows: Iterable[Row], name: str) -> list[float]:
-    return [y for _, y in points_of(rows, name)]
 
 
 def _thin(points: Points, most: int = 300) -> Points:
@@ -115,7 +97,7 @@ def _chart(
             plain = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], integer=axis is axes.xaxis)
             axis.set_major_locator(log if axis.get_scale() == "log" else plain)
             axis.set_minor_locator(NullLocator())
-            axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: brief(value)))
         axes.set_xlabel(x, color=MUTED)
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.spines["bottom"].set_color(RULE)

@@ -1,51 +1,22 @@
-"""`report RUN`: everything that a run recorded, on one page that needs no network and no script.
-
-It reads what lies in the run's folder and takes nothing there for granted: `config.toml`, `run.json` (versions and
-host, any shape), `sample.txt`, and `metrics.jsonl` with metrics and events. The latest event "begin" or "resume" may
-carry `parameters`, `ranks`, `flops_per_token`, `peak_flops` (operations per second of all ranks) and `peak_origin`.
-"""
+"""`report RUN`: everything that a run recorded, on one page that needs no network and no script."""
 
 import html
-import json
 import re
 import statistics
-import tomllib
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-from armillary.launch.plots import charts_of, number_of, points_of, short, values_of
+from armillary.launch.plots import brief, charts_of
+from armillary.launch.story import Story, number_of, points_of, read_story, values_of
 from armillary.train.files import write_aside
-from armillary.train.metrics_file import FILE, Row, latest_per_step, read_metrics, redact
+from armillary.train.metrics_file import FILE, redact
 from armillary.train.words import duration, quantity
 
 MOST_EVENTS = 100
 """Rows in the table of events."""
 QUIET = ("open", "close", "begin")
 """Events that the table leaves out."""
-
-
-@dataclass(frozen=True)
-class Story:
-    """A run as its folder tells it."""
-
-    name: str
-    rows: list[Row]
-    """Metrics, one row for each step."""
-    events: list[Row]
-    start: Row
-    """Facts of the latest start: what MFU was computed from, the number of ranks and parameters."""
-    total_steps: int | None
-    seconds: float
-    """Time in which the run was running."""
-    starts: int
-    config: str
-    machine: list[tuple[str, str]]
-    """Names and values."""
-    sample: str
 
 
 def write_report(run: Path) -> Path:
@@ -56,52 +27,8 @@ def write_report(run: Path) -> Path:
     if not (run / FILE).is_file() and not (run / "config.toml").is_file():
         raise ValueError(f"{run}: is no run, it has neither {FILE} nor config.toml; name a folder such as runs/NAME")
     path = run / "report.html"
-    write_aside(path, _page(_read(run)).encode("utf-8", "replace"))
+    write_aside(path, _page(read_story(run)).encode("utf-8", "replace"))
     return path
-
-
-def _read(run: Path) -> Story:
-    rows = read_metrics(run / FILE) if (run / FILE).is_file() else []
-    events = [row for row in rows if "event" in row]
-    config, machine = _text(run / "config.toml"), _text(run / "run.json")
-    machine_facts = [("run.json", machine)] if machine else []
-    with suppress(ValueError, RecursionError):
-        machine_facts = _flat(json.loads(machine))
-    steps = None
-    with suppress(ValueError, AttributeError, RecursionError):
-        steps = tomllib.loads(config).get("optim", {}).get("steps")
-    started = [event for event in events if event["event"] in ("begin", "resume")]
-    seconds, starts = _running(rows)
-    return Story(
-        name=run.resolve().name,
-        rows=latest_per_step(rows),
-        events=events,
-        start=started[-1] if started else {},
-        total_steps=steps if isinstance(steps, int) else None,
-        seconds=seconds,
-        starts=starts,
-        config=config,
-        machine=machine_facts,
-        sample=_text(run / "sample.txt"),
-    )
-
-
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-
-
-def _running(rows: Sequence[Row]) -> tuple[float, int]:
-    """Seconds from each start to the last word before the next one, together, and the number of starts."""
-    total, starts, begin, last = 0.0, 0, None, 0.0
-    for row in rows:
-        now = number_of(row.get("time"))
-        if now is None:
-            continue
-        if begin is None or row.get("event") == "open":
-            total += last - begin if begin is not None else 0.0
-            starts, begin = starts + 1, now
-        last = now
-    return (total + last - begin if begin is not None else 0.0), starts
 
 
 TITLES = {
@@ -210,17 +137,8 @@ def _all_metrics(story: Story) -> str:
     for name in names:
         if values := values_of(story.rows, name):
             numbers = (values[0], values[-1], min(values), statistics.median(values), max(values))
-            rows.append((name, *map(short, numbers)))
+            rows.append((name, *map(brief, numbers)))
     return _table(("Metric", "First", "Last", "Lowest", "Median", "Highest"), rows, "numbers") if rows else ""
-
-
-def _flat(value: Any, name: str = "") -> list[tuple[str, str]]:
-    """Leaves of nested JSON with their dotted names."""
-    if isinstance(value, dict) and value:
-        return [leaf for key, inner in value.items() for leaf in _flat(inner, f"{name}.{key}" if name else str(key))]
-    if isinstance(value, list):
-        value = " ".join(map(str, value))
-    return [] if value is None else [(name, str(value))]
 
 
 def _fold(title: str, content: str) -> str:
