@@ -4,6 +4,7 @@ New ones for each case, since old ones are no gain: forked so, they start in mil
 case after the other took four times as long after fifty. Orders and answers are JSON.
 """
 
+import gc
 import json
 import multiprocessing
 import os
@@ -32,6 +33,9 @@ PRELOADED = [
 """Of which a module that is not installed is passed over."""
 LONGEST_CASE = 240.0
 """Seconds."""
+MOST_INDUCTOR_RANKS = 4
+"""With more, compiled blocks are traced, cut at breaks and joined with their backward, all of which a plan can spoil;
+but no C++ is made of them, which is the same for any plan and takes g++ ten seconds a rank."""
 
 
 def judge_on_ranks(case: dict[str, str], num_ranks: int, folder: Path) -> dict[str, Any]:
@@ -105,11 +109,16 @@ def answer(pipe: Connection, rank: int, order: str) -> None:
     import torch
     import torch._inductor.config
 
+    # What was imported lives as long as the rank: DeepSpeed alone collects garbage as often as takes a third of it.
+    gc.freeze()
     torch.set_num_threads(1)
     # Else each rank starts processes to compile in, which costs more than they compile.
     torch._inductor.config.compile_threads = 1
+    told = json.loads(order)
+    if told["num_ranks"] > MOST_INDUCTOR_RANKS:
+        torch.compiler.set_default_backend("aot_eager")
     try:
-        said = _judge(json.loads(order), rank)
+        said = _judge(told, rank)
     except Exception:
         said = {"failure": traceback.format_exc()}
     said["processor_seconds"] = time.process_time()

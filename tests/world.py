@@ -4,6 +4,7 @@ Ranks are forked from a server that has once imported torch, our own code and wh
 of milliseconds, not seconds.
 """
 
+import gc
 import importlib.util
 import multiprocessing
 import os
@@ -51,6 +52,7 @@ def _rank_main(path: str, name: str, rank: int, num_ranks: int, store: str, args
     import torch
     import torch.distributed as dist
 
+    gc.freeze()  # what the server imported, all of which lives as long as the rank
     torch.set_num_threads(1)
     try:
         fn = _load(path, name)
