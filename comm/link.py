@@ -36,11 +36,11 @@ class Link:
 
     def __str__(self) -> str:
         kind = "a link for each pair" if self.own_links else "one port a rank"
-        return f"{kind}, {short(self.rate, 'B/s')}, {short(self.latency, 's')} latency"
+        return f"{kind}, {with_unit(self.rate, 'B/s')}, {with_unit(self.latency, 's')} latency"
 
 
-def short(value: float, unit: str) -> str:
-    """Three digits and a prefix."""
+def with_unit(value: float, unit: str) -> str:
+    """Three digits, a prefix and the unit: 45 GB/s."""
     if value == 0:
         return f"0 {unit}"
     power = min(max(math.floor(math.log10(abs(value)) / 3), -3), 4)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from armillary.comm.link import short
+from armillary.comm.link import with_unit
 from armillary.parallel.held import Held
 from armillary.parallel.pipeline.stage import HiddenShape
 from armillary.parallel.pipeline.times import Times, measure_stages
@@ -52,13 +52,14 @@ def schedule_of(
 
 def _sentence(made: Synthesis, times: Sequence[Times], hop: float) -> str:
     best = min(made.fitting, key=lambda name: made.stock[name].makespan, default="")
-    known = (
-        f"the fastest known one that fits, {best}, takes {short(made.best_stock, 's')}" if best else "no known one fits"
-    )
-    stages = ", ".join(short(sum(stage), "s") for stage in times)
+    known = "no known one fits"
+    if best:
+        known = f"the fastest known one that fits, {best}, takes {with_unit(made.best_stock, 's')}"
+    stages = ", ".join(with_unit(sum(stage), "s") for stage in times)
     return (
-        f"pipeline: a schedule made to measure, {short(made.simulation.makespan, 's')} a step in the simulator; "
-        f"{known}; at least {short(made.bound, 's')} (stages take {stages} a micro-batch, a hop {short(hop, 's')})"
+        f"pipeline: a schedule made to measure, {with_unit(made.simulation.makespan, 's')} a step in the simulator; "
+        f"{known}; at least {with_unit(made.bound, 's')} (stages take {stages} a micro-batch, a hop "
+        f"{with_unit(hop, 's')})"
     )
 
 

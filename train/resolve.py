@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from armillary.comm.collectives import all_reduce
-from armillary.comm.link import Link, measure_link, short
+from armillary.comm.link import Link, measure_link, with_unit
 from armillary.kernels.attention.call import forward
 from armillary.kernels.attention.mask import Mask
 from armillary.kernels.attention.places import Places
@@ -62,7 +62,7 @@ def choose_layers(config: RunConfig, ranks: Ranks) -> tuple[Plan, list[str]]:
         return plan, []
     speeds = rank_speeds(config, ranks)
     stages = stages_of(plan, config.model, config.data.sequence_length, speeds)
-    rates = ", ".join(short(speed, "FLOP/s") for speed in speeds)
+    rates = ", ".join(with_unit(speed, "FLOP/s") for speed in speeds)
     layers = tuple(count for _, count in stages)
     return replace(plan, layers=layers), [f"pipeline: layers {list(layers)}, for ranks of {rates}"]
 

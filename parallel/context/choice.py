@@ -16,7 +16,7 @@ all ranks.
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from armillary.comm.link import Link, short
+from armillary.comm.link import Link, with_unit
 from armillary.kernels.attention.mask import Mask
 from armillary.parallel.context.bytes import Sizes
 from armillary.parallel.context.call import Heads
@@ -119,10 +119,10 @@ def choose(
     left_out = ""
     if room is not None and held > room:
         del allowed["all_gather"]
-        left_out = f"; all_gather is left out: it holds {short(held, 'B')}, and there is room for {short(room, 'B')}"
+        left_out = f"; all_gather is left out: it holds {with_unit(held, 'B')} and has room for {with_unit(room, 'B')}"
     best = min(allowed.values())
     chosen = next(strategy for strategy, time in allowed.items() if time <= best * SAME)
-    times = ", ".join(f"{strategy} {short(time, 's')}" for strategy, time in seconds.items())
+    times = ", ".join(f"{strategy} {with_unit(time, 's')}" for strategy, time in seconds.items())
     why = (
         f"{name}: {chosen}, of {times}, for {shape.ranks} ranks of {shape.tokens} tokens, {shape.heads} heads and "
         f"{shape.kv_heads} key heads of {shape.head_dim}, {link}{left_out}"

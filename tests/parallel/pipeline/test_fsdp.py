@@ -46,6 +46,27 @@ def test_same_as_one_process(world, case):
     assert not wrong, "\n".join(wrong)
 
 
+def after_an_evaluation(rank: int) -> list[float]:
+    """The loss of a step on changed weights, without and with an evaluation before the change, whose weights are still
+    gathered."""
+    case, losses = Case("1f1b", num_parts=2), []
+    for evaluates in (False, True):
+        pipeline, stages, copy_number = sharded(case, Ledger())
+        shards = [parameter.to_local() for stage in stages for parameter in stage.parameters()]
+        if evaluates:
+            pipeline.loss(parts_of(case, 0, copy_number)[0])
+        with torch.no_grad():
+            for held in shards:
+                held.mul_(1.5)
+        losses.append(float(pipeline.forward_backward(parts_of(case, 0, copy_number), torch.tensor(3))))
+    return losses
+
+
+def test_a_step_gathers_what_an_evaluation_left_behind_anew(world):
+    for without, after in world(after_an_evaluation, 2 * PIPELINE):
+        assert without == after
+
+
 def traffic(rank: int, cases: list[Case]) -> list[dict[str, int]]:
     """Bytes of a step of each case."""
     found = []

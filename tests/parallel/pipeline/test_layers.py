@@ -33,24 +33,20 @@ def problems(draw, alike=False):
     return work, place_stages(num_ranks, per_rank, draw(st.sampled_from(["loop", "v"]))), speeds
 
 
-@pytest.mark.parametrize("alike", [True, False])
-def test_no_split_is_better(alike):
-    @settings(max_examples=60, deadline=None)
-    @given(problems(alike))
-    def holds(problem):
-        work, stage_ranks, speeds = problem
-        counts = split_layers(work, stage_ranks, speeds)
-        assert sum(counts) == len(work.layers)
-        assert min(counts) >= 1
-        found = slowest(counts, work, stage_ranks, speeds)
-        best = min(slowest(c, work, stage_ranks, speeds) for c in every_split(len(work.layers), len(stage_ranks)))
-        assert math.isclose(found, best, rel_tol=1e-9)
-
-    holds()
+@settings(max_examples=120, deadline=None)
+@given(st.booleans().flatmap(problems))
+def test_no_split_is_better(problem):
+    work, stage_ranks, speeds = problem
+    counts = split_layers(work, stage_ranks, speeds)
+    assert sum(counts) == len(work.layers)
+    assert min(counts) >= 1
+    found = slowest(counts, work, stage_ranks, speeds)
+    best = min(slowest(c, work, stage_ranks, speeds) for c in every_split(len(work.layers), len(stage_ranks)))
+    assert math.isclose(found, best, rel_tol=1e-9)
 
 
-@settings(max_examples=60, deadline=None)
-@given(problems(), st.floats(1, 30))
+@settings(max_examples=120, deadline=None)
+@given(st.booleans().flatmap(problems), st.floats(1, 30))
 def test_memory_limits_are_kept_or_refused(problem, limit):
     work, stage_ranks, speeds = problem
     memory = LayerCosts(work.layers[::-1], 2.0, 3.0)
