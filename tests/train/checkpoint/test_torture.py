@@ -19,6 +19,8 @@ from safetensors import SafetensorError
 
 from armillary.train.checkpoint import save as under_test
 from armillary.train.checkpoint.load import load
+from armillary.train.checkpoint.store import complete
+from armillary.train.checkpoint.verify import verify
 
 DISK_CALLS = ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir")
 
@@ -192,7 +194,8 @@ def prepared(folder, steps):
 
 
 def recovers(folder, allowed, keep):
-    """After a kill: the newest verified checkpoint is a whole one of those allowed, and the next save is as ever."""
+    """After a kill: what is called complete is so, the newest is one of those allowed, and the next save is as ever."""
+    assert not [problem for path in complete(folder) for problem in verify(path)]
     content = content_of(newest_verified(folder, lambda _: None))
     assert content in allowed, (content, allowed)
     assert save(folder, 900, attempt="next", keep=keep) is None
