@@ -75,7 +75,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         training: bool,
     ) -> Tensor:
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        factors = wide if multiplies_wide(hidden) else hidden.dtype
+        factors = wide if _multiplies_wide(hidden) else hidden.dtype
         vocab = weight.shape[0]
         # Ignored rows become zeros: they then add nothing to the weight's gradient, whatever stood in them.
         clean = hidden.masked_fill((labels == IGNORE)[:, None], 0)
@@ -96,7 +96,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             elif d_x is not None:
                 d_x.copy_(logits @ matrix)
             if d_weight is not None:
-                add_product(d_weight, logits.t(), x)
+                _add_product(d_weight, logits.t(), x)
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.weight_dtype = weight.dtype
         return total
@@ -130,7 +130,7 @@ def _buffer(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> 
     return torch.empty(rows, width, dtype=dtype, device=device)
 
 
-def multiplies_wide(factor: Tensor) -> bool:
+def _multiplies_wide(factor: Tensor) -> bool:
     """Whether products of this dtype are computed in float32 all the same.
 
     A CPU without bfloat16 instructions only emulates them, up to 80 times slower than float32; a float32 copy of the
@@ -146,7 +146,7 @@ def _cpu_has_bfloat16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """`total += left @ right`; total may be wider than the factors.
 
     A wider total gets its product from float32 sums; where the device cannot return those (all but CUDA), the product
@@ -155,18 +155,18 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     if total.dtype == left.dtype:
         total.addmm_(left, right)
         return
-    wide_product = returns_float32(left)
+    wide_product = _returns_float32(left)
     rows = max(1, BLOCK_PRODUCT.get(left.device.type, 2**19) // max(1, total.shape[1]))
     for part, factor in zip(total.split(rows), left.split(rows), strict=True):
         part.add_(torch.mm(factor, right, out_dtype=total.dtype) if wide_product else factor @ right)
 
 
-def returns_float32(factor: Tensor) -> bool:
+def _returns_float32(factor: Tensor) -> bool:
     """Whether torch.mm gives the float32 sums of narrow products as they are: `out_dtype`, which CUDA alone has."""
     return factor.is_cuda and torch.version.hip is None
 
 
-def _chunks(size: int, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
+def _chunks(size: int, rows: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
     """Rows of all tensors, `size` at a time; None stays None."""
-    for start in range(0, len(tensors[0]), size):  # type: ignore[arg-type]
-        yield tuple(None if tensor is None else tensor[start : start + size] for tensor in tensors)
+    for start in range(0, len(rows), size):
+        yield tuple(None if tensor is None else tensor[start : start + size] for tensor in (rows, *others))

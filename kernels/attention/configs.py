@@ -1,7 +1,7 @@
 """Block sizes, warps and stages of the attention kernels: a shipped table, so that all ranks run the same code.
 
-Nothing is timed when a run starts: ranks that choose for themselves choose differently (Megatron PR 6966). Every entry
-is compiled for its GPU in CI, without one, and must use no stack and fit its shared memory (`make gate`).
+Nothing is timed when a run starts: ranks that choose for themselves choose differently (Megatron PR 6966). `make gate`
+compiles every entry for its GPU, without one: it must use no stack and fit its shared memory.
 """
 
 from dataclasses import dataclass

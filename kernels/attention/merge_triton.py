@@ -237,10 +237,10 @@ def _pair(head_dim: int, dtype: str) -> list[Specimen]:
     names = ("lse_a", "lse_b", "out_a", "out_b")
     types = dict.fromkeys(names, "*fp32") | {"out_b": f"*{dtype}"}
     lengths = {"num_heads": "i32", "seq": "i32"}
-    of_out, of_lse = ("batch", "seq", "head"), ("batch", "head", "seq")
-    forward_strides = [f"{n}_{of}" for s in ("_a", "_b", "") for n, dims in _named(s, of_out, of_lse) for of in dims]
+    dims = ("batch", "seq", "head")
+    forward_strides = [f"{name}_{of}" for name in ("out_a", "lse_a", "out_b", "lse_b", "out", "lse") for of in dims]
     forward = {**types, "out": "*fp32", "lse": "*fp32", **lengths, **dict.fromkeys(forward_strides, "i32")}
-    backward_strides = [f"{name}_{of}" for name in ("d_out", "out_a", "out_b") for of in of_out]
+    backward_strides = [f"{name}_{of}" for name in ("d_out", "out_a", "out_b") for of in dims]
     gradients = {f"d_{name}": types[name] for name in names} | {"d_out": "*fp32", "d_lse": "*fp32"}
     backward = types | gradients | lengths | dict.fromkeys(backward_strides, "i32")
     # The stride of neighbours in lse is 1, and its length need not be a multiple of 16.
@@ -253,7 +253,3 @@ def _pair(head_dim: int, dtype: str) -> list[Specimen]:
         Specimen(f"merge_forward_{name}", _forward_kernel, forward, shape, unaligned=loose),
         Specimen(f"merge_backward_{name}", _backward_kernel, backward, {**flags, **shape}, unaligned=ragged),
     ]
-
-
-def _named(side: str, of_out: tuple[str, ...], of_lse: tuple[str, ...]) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    return (f"out{side}", of_out), (f"lse{side}", of_lse)

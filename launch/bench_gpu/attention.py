@@ -13,10 +13,10 @@ from armillary.kernels.attention import call as front
 from armillary.kernels.attention.mask import Mask
 from armillary.kernels.attention.places import Places
 from armillary.kernels.attention.tiles import Tile
-from armillary.launch.bench.by_name import Row
 from armillary.launch.bench_gpu.sections import Job
 from armillary.launch.bench_gpu.targets import LENGTH, TARGETS
 from armillary.launch.bench_gpu.timing import Setting, Times, measure
+from armillary.launch.rows import Row
 
 TOTAL, WIDTH = 16384, 2048
 """Tokens of a batch, and channels of all heads: the setting of the FlashAttention papers."""
@@ -129,13 +129,12 @@ def run(case: Case, setting: Setting) -> list[Row]:
     back = measure({"ours": ours_back, **{name: peer.backward for name, peer in peers.items()}}, setting)
     flop = case.flop()
     rows = [_row(case, "forward", forward, flop, setting), _row(case, "backward", back, 2.5 * flop, setting)]
-    rows[0]["agreement"] = agreement(out, peers["flash"].forward, setting) if "flash" in forward.seconds else None
+    rows[0]["agreement"] = agreement(out, peers["flash"].forward()) if "flash" in forward.seconds else None
     return rows
 
 
-def agreement(out: Tensor, peer: object, setting: Setting) -> float:
-    """Largest difference of ours and the peer's result: that both compute the same."""
-    theirs = peer()  # type: ignore[operator]
+def agreement(out: Tensor, theirs: Tensor) -> float:
+    """Largest difference of ours and a peer's result: that both compute the same."""
     return (theirs.reshape(out.shape) - out).abs().max().item()
 
 

@@ -11,10 +11,10 @@ import torch
 
 from armillary.kernels.attention import call as front
 from armillary.kernels.attention.mask import Mask
-from armillary.launch.bench.by_name import Row
 from armillary.launch.bench_gpu.attention import TOTAL, WIDTH, Case
 from armillary.launch.bench_gpu.sections import Job
 from armillary.launch.bench_gpu.timing import Setting, measure
+from armillary.launch.rows import Row
 
 SEQ = 8192
 CANDIDATES = {

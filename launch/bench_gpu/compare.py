@@ -8,7 +8,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from armillary.launch.bench.by_name import Row
+from armillary.launch.rows import Row
 
 
 @contextmanager

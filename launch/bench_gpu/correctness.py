@@ -19,10 +19,10 @@ from armillary.kernels.attention.mask import Mask
 from armillary.kernels.attention.places import Places
 from armillary.kernels.attention.reference import reference, seen
 from armillary.kernels.attention.tiles import Tile
-from armillary.launch.bench.by_name import Row
 from armillary.launch.bench_gpu.compare import judge, nan_filled, results
 from armillary.launch.bench_gpu.sections import Job
 from armillary.launch.bench_gpu.timing import Setting, error_text
+from armillary.launch.rows import Row
 
 HEAD_DIMS = (128, 64, 256, 32, 80, 96, 192)
 MASKS = {

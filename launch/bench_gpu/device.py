@@ -6,9 +6,9 @@ import subprocess
 
 import torch
 
-from armillary.launch.bench.by_name import Row
 from armillary.launch.bench_gpu.sections import Job
 from armillary.launch.bench_gpu.timing import Setting, copy_bandwidth, measure
+from armillary.launch.rows import Row
 
 QUERIES = (
     "name,driver_version,vbios_version,pstate,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.draw,power.limit,"

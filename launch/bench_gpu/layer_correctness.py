@@ -12,7 +12,6 @@ from armillary.kernels.cross_entropy import IGNORE, linear_cross_entropy
 from armillary.kernels.norm import add_rms_norm, rms_norm
 from armillary.kernels.rope import frequencies, rotate_qk, tables
 from armillary.kernels.swiglu import swiglu
-from armillary.launch.bench.by_name import Row
 from armillary.launch.bench_gpu.compare import judge, nan_filled, results
 from armillary.launch.bench_gpu.plain import (
     EPS,
@@ -27,6 +26,7 @@ from armillary.launch.bench_gpu.quantise import same_bits
 from armillary.launch.bench_gpu.sections import Job
 from armillary.launch.bench_gpu.shards import in_shards
 from armillary.launch.bench_gpu.timing import Setting
+from armillary.launch.rows import Row
 
 
 def jobs(setting: Setting) -> list[Job]:

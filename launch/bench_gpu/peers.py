@@ -61,11 +61,11 @@ def _in_order(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def sdpa(case: "Case", backend: Any) -> Callable[..., Tensor]:
     from torch.nn.attention import sdpa_kernel
 
-    options = {"is_causal": case.mask.causal, "enable_gqa": case.heads != case.kv_heads}
+    options: dict[str, Any] = {"is_causal": case.mask.causal, "enable_gqa": case.heads != case.kv_heads}
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v, **options)  # type: ignore[arg-type]
+            return F.scaled_dot_product_attention(q, k, v, **options)
 
     return call
 

@@ -11,8 +11,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from armillary.launch.bench.by_name import Row
 from armillary.launch.bench_gpu.sections import Section, complete
+from armillary.launch.rows import Row
 
 GRACE = 10.0
 """Seconds after its time in which a process may finish its last job."""

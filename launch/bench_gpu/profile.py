@@ -4,9 +4,9 @@ import shutil
 from functools import partial
 
 from armillary.launch.bench.attention_io import CASES, Case, metered
-from armillary.launch.bench.by_name import Row
 from armillary.launch.bench_gpu.sections import Job
 from armillary.launch.bench_gpu.timing import Setting
+from armillary.launch.rows import Row
 
 
 def jobs(setting: Setting) -> list[Job]:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from armillary.kernels import quantise as codes
-from armillary.launch.bench.by_name import Row
 from armillary.launch.bench_gpu.timing import Setting, measure
+from armillary.launch.rows import Row
 
 PAYLOADS = 8
 """As many ranks are summed."""
@@ -40,19 +40,9 @@ def quantise_rows(setting: Setting, copy: float) -> list[Row]:
             ),
         }
         for name, (call, moved) in works.items():
-            times = measure({"ours": call, "plain": _plain(call)}, setting)
+            times = measure({"ours": call, "plain": partial(_by_torch, call)}, setting)
             rows.append(row_of(f"{name} {format}, {len(payloads)} payloads", times, moved, copy))
     return rows
-
-
-def _plain(call: Callable[[], Any]) -> Callable[[], Any]:
-    """The same by plain torch, on the same device."""
-
-    def turn() -> Any:
-        with mock.patch.object(codes, "use_triton", return_value=False):
-            return call()
-
-    return turn
 
 
 def same_bits(setting: Setting) -> list[Row]:
@@ -77,7 +67,7 @@ def _equal(setting: Setting, x: Tensor, format: str, seed: int | None) -> dict[s
     size, block = x.shape[1], codes.BLOCK
     stream, there = codes._stream(seed), x.to(setting.device)
     # Called by name: the environment asks for Triton everywhere, and the CPU's side must not have it.
-    wanted = torch.stack([_on_cpu(codes.quantise, row, format, block, seed, 7 * block) for row in x])
+    wanted = torch.stack([_by_torch(codes.quantise, row, format, block, seed, 7 * block) for row in x])
     got = torch.empty_like(wanted, device=setting.device)
     for row, payload in zip(there, got, strict=True):
         quantise_triton.quantise(row, payload, format, block, stream, 7 * block)
@@ -87,12 +77,12 @@ def _equal(setting: Setting, x: Tensor, format: str, seed: int | None) -> dict[s
     quantise_triton.requantise(got, again, format, block, stream, 0)
     return {
         "payload": torch.equal(got.cpu(), wanted),
-        "sum": torch.equal(total.cpu(), _on_cpu(codes.accumulate, wanted, size, format, block)),
-        "payload of the sum": torch.equal(again.cpu(), _on_cpu(codes.requantise, wanted, size, format, block, seed)),
+        "sum": torch.equal(total.cpu(), _by_torch(codes.accumulate, wanted, size, format, block)),
+        "payload of the sum": torch.equal(again.cpu(), _by_torch(codes.requantise, wanted, size, format, block, seed)),
     }
 
 
-def _on_cpu(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    """By plain torch."""
+def _by_torch(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """On whatever device the arguments are."""
     with mock.patch.object(codes, "use_triton", return_value=False):
         return function(*arguments)

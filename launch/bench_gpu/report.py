@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from armillary.launch.bench.by_name import Row, print_table
 from armillary.launch.bench_gpu.targets import TARGETS
+from armillary.launch.rows import Row, print_table
 
 FLOP_COUNT = (
     "as in the FlashAttention papers: 4 * queries * keys * head_dim * heads forward, half of that for causal, of "

@@ -16,10 +16,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from armillary.launch.bench.by_name import Row, commit
 from armillary.launch.bench_gpu.processes import Process, run_together
 from armillary.launch.bench_gpu.report import NOTES, print_summary
 from armillary.launch.bench_gpu.sections import SECTIONS, Section
+from armillary.launch.rows import Row, commit
 from armillary.train.files import write_json
 
 SECONDS = 530.0

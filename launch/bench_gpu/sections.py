@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from armillary.launch.bench.by_name import Row
+from armillary.launch.rows import Row
 
 BROKEN = 70
 """Exit code of a process that lost its card."""

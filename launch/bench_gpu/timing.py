@@ -85,7 +85,8 @@ def measure(turns: Mapping[str, Turn], setting: Setting) -> Times:
 
 def _gpu_rounds(turns: Mapping[str, Turn], times: Times, device: torch.device) -> dict[str, list[float]]:
     cache = torch.empty(FLUSHED // 4, dtype=torch.int32, device=device)
-    names, taken = list(turns), {name: [] for name in turns}  # type: ignore[var-annotated]
+    names = list(turns)
+    taken: dict[str, list[float]] = {name: [] for name in names}
     for repetition in range(times.repetitions):
         start = repetition % len(names)
         events = {}

@@ -176,7 +176,7 @@ def test_strides_are_free() -> None:
 @pytest.mark.parametrize("sharded", [False, True])
 def test_no_value_is_looked_at(monkeypatch: pytest.MonkeyPatch, wide_product: bool, sharded: bool) -> None:
     """Tensors of the meta device have no values: reading one, which on a GPU would wait for it, fails here."""
-    monkeypatch.setattr(cross_entropy, "returns_float32", lambda factor: wide_product)
+    monkeypatch.setattr(cross_entropy, "_returns_float32", lambda factor: wide_product)
     hidden, weight = (torch.empty(n, 4, dtype=torch.bfloat16, device="meta", requires_grad=True) for n in (10, 77))
     labels = torch.empty(10, dtype=torch.int64, device="meta")
     shard = VocabShard(0, 77, lambda tensor: tensor, lambda tensor: tensor) if sharded else None
