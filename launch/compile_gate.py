@@ -21,8 +21,8 @@ from pathlib import Path
 
 from armillary.kernels import specimen
 from armillary.kernels.specimen import Specimen
-from armillary.launch.bench.by_name import commit
 from armillary.launch.compiled import DEVICES, Row, compile_specimen
+from armillary.launch.rows import commit
 from armillary.train.files import write_json
 
 KERNELS = "armillary.kernels"

@@ -12,8 +12,8 @@ from armillary.kernels.attention.mask import Mask
 from armillary.kernels.attention.places import Places
 from armillary.kernels.attention.tiles import Tile
 from armillary.kernels.attention.traffic import FLOP, Sizes, Traffic, meter
-from armillary.launch.bench.by_name import Row, print_table
 from armillary.launch.bench_gpu.ncu import measured_bytes, refuse_without_profiler
+from armillary.launch.rows import Row, print_table
 
 ARCHITECTURE = "sm_90"
 """An H100, whose block sizes and shared memory the meter takes."""

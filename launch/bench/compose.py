@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
-from armillary.launch.bench.by_name import Row, print_table, with_facts
 from armillary.launch.bench.compose_cases import PLANS, SIZES, Case, Work, cases, growth_cases, num_ranks
 from armillary.launch.bench.on_ranks import figures_of
+from armillary.launch.rows import Row, print_table, with_facts
 
 RANK = "armillary.launch.bench.compose_rank"
 

@@ -4,12 +4,12 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from armillary.launch.bench.by_name import with_facts
 from armillary.launch.bench.context_rank import DTYPE, Work
 from armillary.launch.bench.context_rows import PLAIN, print_rows, rows_of
 from armillary.launch.bench.on_ranks import figures_of
 from armillary.launch.lab.permission import why_not
 from armillary.launch.lab.spec import TOPOLOGIES, read_spec
+from armillary.launch.rows import with_facts
 from armillary.parallel.context.core import STRATEGIES
 
 RANK = "armillary.launch.bench.context_rank"

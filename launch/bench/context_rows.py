@@ -8,8 +8,8 @@ import statistics
 from typing import Any
 
 from armillary.comm.link import Link
-from armillary.launch.bench.by_name import Row, print_table
 from armillary.launch.bench.context_rank import DTYPE, PASSES, WAYS, Work
+from armillary.launch.rows import Row, print_table
 from armillary.parallel.context.choice import Machine, Shape, choose
 
 PLAIN = "all_gather"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from armillary.launch.bench.by_name import Row, print_table, with_facts
+from armillary.launch.rows import Row, print_table, with_facts
 from armillary.parallel.pipeline.layers import LayerCosts, split_layers
 from armillary.parallel.schedule.actions import Shape, place_stages
 from armillary.parallel.schedule.simulator import Costs

@@ -5,8 +5,8 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from armillary.launch.bench.by_name import Row, print_table, with_facts
 from armillary.launch.bench.on_ranks import figures_of
+from armillary.launch.rows import Row, print_table, with_facts
 
 RANK = "armillary.launch.bench.sharding_rank"
 OURS = "armillary"

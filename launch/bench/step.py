@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from armillary.launch.bench.alive import Alive
-from armillary.launch.bench.by_name import print_table
+from armillary.launch.rows import print_table
 from armillary.parallel.mesh import joined_ranks
 from armillary.train.config import RunConfig, load_config
 from armillary.train.data.dataset import prepare

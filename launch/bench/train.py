@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from armillary.launch.bench.by_name import Row, interleaved
+from armillary.launch.bench.turns import interleaved
+from armillary.launch.rows import Row
 
 CONFIG = Path("configs/demo.toml")
 STEPS_PER_TURN = 3

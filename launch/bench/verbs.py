@@ -12,10 +12,8 @@ from armillary.train.failure import FAILED
 
 class _Benchmarks(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        from armillary.launch.bench.by_name import module_of
-
         if args[0] not in self.commands:
-            module_of(args[0])
+            raise ValueError(f"bench {args[0]}: there is no such benchmark; there are: {', '.join(self.commands)}")
         return super().resolve_command(ctx, args)
 
 
@@ -25,9 +23,10 @@ bench = typer.Typer(help="Measure against peers, on the same work, interleaved i
 @bench.command("train")
 def bench_train(repetitions: Repetitions = 5, output: Json = None, debug: Debug = False) -> None:
     """A trainer's whole step against a bare loop over the same model and batch."""
-    from armillary.launch.bench.by_name import run_benchmark
+    from armillary.launch.bench.train import rows
+    from armillary.launch.rows import print_rows, with_facts
 
-    write_result(output, run_benchmark("train", repetitions))
+    write_result(output, with_facts("train", print_rows(rows(repetitions)), repetitions))
 
 
 @bench.command("attention")
@@ -50,7 +49,7 @@ def bench_attention(
     debug: Debug = False,
 ) -> None:
     """Attention against torch's on this machine; or its I/O meter, or its table of choices."""
-    from armillary.launch.bench.by_name import run_benchmark, with_facts
+    from armillary.launch.rows import print_rows, with_facts
 
     if not io and any((seq, head_dim, heads, kv_heads, mask, documents, measure)):
         raise ValueError(
@@ -68,7 +67,9 @@ def bench_attention(
         wanted = attention_io.cases(seq, head_dim, heads, kv_heads, mask, documents)
         result = with_facts("attention", attention_io.print_io(wanted, measure), 0)
     else:
-        result = run_benchmark("attention", repetitions)
+        from armillary.launch.bench.attention import rows
+
+        result = with_facts("attention", print_rows(rows(repetitions)), repetitions)
     write_result(output, result)
 
 

@@ -13,9 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
-from armillary.launch.lab import delay as lab_delay
-from armillary.launch.lab import leftovers as lab_leftovers
-from armillary.launch.lab import machines as lab_machines
+from armillary.launch.lab import delay as carrying
+from armillary.launch.lab import leftovers, machines
 from armillary.launch.lab.leftovers import clean, controllers_here, fails, new_prefix, remove
 from armillary.launch.lab.machines import Machine
 from armillary.launch.lab.network import INTERFACE, Command, Network, address, host_name, plan_network
@@ -108,7 +107,7 @@ class Lab:
 
     def _end(self) -> None:
         for host in self.hosts:
-            lab_machines.end(host.machine)
+            machines.end(host.machine)
 
     def sent(self) -> dict[str, tuple[int, int]]:
         """Bytes that the two ends of each link have sent since it was made, by the kernel's own counters."""
@@ -137,7 +136,7 @@ def lab(spec: LabSpec) -> Iterator[Lab]:
     assert controllers is not None
     prefix = new_prefix()
     network = plan_network(spec, prefix)
-    guard = _helper(lab_leftovers.__name__, prefix)
+    guard = _helper(leftovers.__name__, prefix)
     with contextlib.ExitStack() as stack:
         stack.callback(_end_helper, guard)
         stack.callback(remove, controllers, prefix)
@@ -145,7 +144,7 @@ def lab(spec: LabSpec) -> Iterator[Lab]:
         for number, namespace in enumerate(network.hosts):
             cpus = spec.cpus[number] if spec.cpus else None
             memory = spec.memory[number] if spec.memory else None
-            machine = lab_machines.make(controllers, namespace, cpus, memory)
+            machine = machines.make(controllers, namespace, cpus, memory)
             hosts.append(Host(host_name(number), address(number), namespace, machine))
         _run(network.setup)
         if spec.delay:
@@ -164,14 +163,14 @@ def _run(commands: Sequence[Command]) -> None:
 
 def _carrier(network: Network, delay: float) -> "subprocess.Popen[bytes]":
     """Starts the process that makes and joins the links of a network with a delay."""
-    process = _helper(lab_delay.__name__)
+    process = _helper(carrying.__name__)
     assert process.stdin is not None
     assert process.stdout is not None
-    process.stdin.write(lab_delay.order(network.links, delay))
+    process.stdin.write(carrying.order(network.links, delay))
     process.stdin.flush()
     if process.stdout.readline() != b"ready\n":
         _end_helper(process)
-        raise ValueError(f"the lab's delay could not be set up with {lab_delay.DEVICE}; its reason is above")
+        raise ValueError(f"the lab's delay could not be set up with {carrying.DEVICE}; its reason is above")
     return process
 
 

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from armillary.launch.bench.by_name import print_table
 from armillary.launch.lab.cluster import Lab
 from armillary.launch.lab.spec import show_memory, show_rate
+from armillary.launch.rows import print_table
 
 
 def figures(it: Lab, before: dict[str, tuple[int, int]], exit_codes: list[list[int | None]]) -> dict[str, Any]:

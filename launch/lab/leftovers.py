@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from armillary.launch.lab import machines as lab_machines
+from armillary.launch.lab import machines
 from armillary.launch.lab.machines import SECONDS_TO_END, Controllers, find_controllers
 from armillary.launch.lab.network import Command
 
@@ -36,8 +36,8 @@ def clean() -> list[str]:
 
 def remove(controllers: Controllers, prefix: str) -> None:
     """Ends the processes of one lab, then removes its groups and its namespaces, and with these its links."""
-    for machine in lab_machines.find(controllers, f"{prefix}-").values():
-        lab_machines.remove(machine)
+    for machine in machines.find(controllers, f"{prefix}-").values():
+        machines.remove(machine)
     for namespace in _namespaces():
         if namespace.startswith(f"{prefix}-"):
             fails(("ip", "netns", "delete", namespace))
@@ -46,7 +46,7 @@ def remove(controllers: Controllers, prefix: str) -> None:
 def names() -> list[str]:
     """Of the namespaces and groups of all labs."""
     controllers = controllers_here()
-    return [*_namespaces(), *(lab_machines.find(controllers, PREFIX) if controllers else [])]
+    return [*_namespaces(), *(machines.find(controllers, PREFIX) if controllers else [])]
 
 
 def _namespaces() -> list[str]:

@@ -14,13 +14,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
-from armillary.launch.bench.by_name import commit
 from armillary.launch.lab.cluster import Lab, lab
 from armillary.launch.lab.figures import figures, print_figures
 from armillary.launch.lab.leftovers import clean
 from armillary.launch.lab.machines import SECONDS_TO_END, end
 from armillary.launch.lab.permission import why_not
 from armillary.launch.lab.spec import LabSpec
+from armillary.launch.rows import commit
 
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

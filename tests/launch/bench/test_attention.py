@@ -1,42 +1,42 @@
 """A benchmark measures both sides on the same work, in turn, and says on what and with which command."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 
 from armillary.launch import cli
 from armillary.launch.bench import attention_io
-from armillary.launch.bench import by_name as bench
 from armillary.launch.bench.attention_io import CASES, Case, parse_documents, parse_mask, text_of
+from armillary.launch.bench.turns import interleaved
 from armillary.launch.bench_gpu import ncu as attention_profile
+from armillary.launch.rows import print_table
 
 
 def test_turns_are_interleaved_and_the_warm_up_is_not_counted():
     order = []
     turns = {name: lambda name=name: order.append(name) for name in ("a", "b")}
-    seconds = bench.interleaved(turns, 3)
+    seconds = interleaved(turns, 3)
     assert order == ["a", "b", "b", "a", "a", "b", "b", "a"]
     assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}
 
 
-def test_rows_and_facts(monkeypatch, capsys):
-    def rows(repetitions):
-        return [{"name": "x", "seconds": 0.5, "ratio": 1.0, "bytes": 0, "measured": True, "note": "n"}] * repetitions
-
-    monkeypatch.setattr(bench.importlib, "import_module", lambda name: SimpleNamespace(rows=rows))
-    result = bench.run_benchmark("train", 2)
+def test_rows_and_facts(tmp_path, monkeypatch, capsys):
+    row = {"name": "x", "seconds": 0.5, "ratio": 1.0, "bytes": 0, "measured": True, "note": "n"}
+    monkeypatch.setattr("armillary.launch.bench.train.rows", lambda repetitions: [row] * repetitions)
+    assert armillary(monkeypatch, "train", "--repetitions", "2", "--json", str(tmp_path / "it.json")) == 0
+    result = json.loads((tmp_path / "it.json").read_text())
     assert len(result["rows"]) == 2
     assert {"commit", "command", "versions", "platform"} <= result.keys()
     assert capsys.readouterr().out.count("500.00 ms") == 2
 
 
-def test_every_benchmark_has_a_verb():
-    assert set(bench.BENCHMARKS) == {command.name for command in cli.bench.registered_commands}
+def test_a_benchmark_that_there_is_not(monkeypatch, capsys):
+    assert armillary(monkeypatch, "trian") == 2
+    assert "bench trian: there is no such benchmark; there are: train, attention," in capsys.readouterr().err
 
 
 def test_a_table_aligns_numbers_to_the_right(capsys):
-    bench.print_table([["name", "size"], ["a", "10"], ["long name", ""], ["b", "9.5"]])
+    print_table([["name", "size"], ["a", "10"], ["long name", ""], ["b", "9.5"]])
     assert capsys.readouterr().out.splitlines() == [
         "name       size",
         "a            10",
