@@ -18,7 +18,7 @@ def evaluate_run(run: str) -> dict[str, Any]:
         if "imported" not in loaded.facts:  # what an imported model was trained on is not known
             check_same_data(loaded.checkpoint, loaded.facts, dataset)
         if dataset.num_held_out == 0:
-            raise ValueError(f"{run}: the corpus holds nothing out; set data.held_out above 0 and train again")
+            raise ValueError(f"{run}: the corpus holds nothing out; set data.held_out higher, and train a new run")
         batches = held_out_batches(dataset, None, loaded.config.data.batch_size, 0, 1)
         loss, bits_per_byte = loaded.engine.evaluate(batches, dataset)
     return {"run": run, "step": loaded.step, "loss": loss, "bits_per_byte": bits_per_byte}

@@ -25,7 +25,7 @@ def write_aside(path: Path, data: bytes) -> None:
     Written to a temporary name in the same folder, fsynced, renamed, folder fsynced.
 
     Raises:
-        OSError: as it comes, with nothing left behind.
+        OSError: naming the file, with nothing left behind.
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}.aside")
     try:
@@ -34,8 +34,10 @@ def write_aside(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except BaseException:
+    except BaseException as error:
         aside.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # a full disk names none
         raise
     sync_folder(path.parent)
 
