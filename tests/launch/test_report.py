@@ -95,6 +95,15 @@ def make_run(folder: Path, last: int = 60, ending: Any = "finished") -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The page of such a run."""
+    run = make_run(tmp_path_factory.mktemp("runs") / "demo")
+    source = write_report(run).read_text()
+    assert not list(run.glob("*.aside")) + list(run.glob(".*"))
+    return source
+
+
 def write_rows(folder: Path, *rows: Any) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -132,20 +141,17 @@ def test_a_finished_run_is_told_in_full(tmp_path: Path) -> None:
     assert "Events" not in page.text
 
 
-def test_page_stands_alone(tmp_path: Path) -> None:
-    page = page_of(make_run(tmp_path / "demo"))
+def test_page_stands_alone(demo: str) -> None:
+    page = Page(demo)
     assert not {"script", "iframe", "img", "object"} & set(page.tags)
     links = [value for name, value in page.attributes if name in ("href", "src", "xlink:href")]
     assert all(link.startswith("#") or link == "data:," for link in links)
-    source = (tmp_path / "demo" / "report.html").read_text()
-    assert not re.findall(r"url\((?!#)|@import|https?://(?!www\.w3\.org/)", source)
-    assert len(source) < 200_000
-    assert [path.name for path in tmp_path.glob("demo/*")] != []
-    assert not list(tmp_path.glob("demo/*.aside")) + list(tmp_path.glob("demo/.*"))
+    assert not re.findall(r"url\((?!#)|@import|https?://(?!www\.w3\.org/)", demo)
+    assert len(demo) < 200_000
 
 
-def test_every_svg_reference_has_its_target_and_no_id_stands_twice(tmp_path: Path) -> None:
-    page = page_of(make_run(tmp_path / "demo"))
+def test_every_svg_reference_has_its_target_and_no_id_stands_twice(demo: str) -> None:
+    page = Page(demo)
     ids = [value for name, value in page.attributes if name == "id"]
     used = {value[1:] for name, value in page.attributes if name == "xlink:href"}
     used |= {found for _, value in page.attributes for found in re.findall(r"url\(#([^)]*)\)", value)}
@@ -153,13 +159,12 @@ def test_every_svg_reference_has_its_target_and_no_id_stands_twice(tmp_path: Pat
     assert len(ids) == len(set(ids))
 
 
-def test_colours_follow_the_theme(tmp_path: Path) -> None:
-    source = write_report(make_run(tmp_path / "demo")).read_text()
-    assert "prefers-color-scheme: dark" in source
-    used = set(re.findall(r"var\(--(\w+)\)", source))
-    light, dark = re.findall(r":root \{(.*?)\}", source, flags=re.DOTALL)
+def test_colours_follow_the_theme(demo: str) -> None:
+    assert "prefers-color-scheme: dark" in demo
+    used = set(re.findall(r"var\(--(\w+)\)", demo))
+    light, dark = re.findall(r":root \{(.*?)\}", demo, flags=re.DOTALL)
     assert used - {"tone"} <= set(re.findall(r"--(\w+):", light)) == set(re.findall(r"--(\w+):", dark))
-    assert not re.findall(r"(?:fill|stroke): #", source)
+    assert not re.findall(r"(?:fill|stroke): #", demo)
 
 
 @pytest.mark.parametrize(

@@ -116,8 +116,7 @@ class DeepSpeedOptimizers(Optimizers):
 
     def step(self, ratio: float) -> None:
         """Updates all weights, at `ratio` times each group's peak learning rate."""
-        for group in self.optimizers[0].param_groups:
-            group["lr"] = group["initial_lr"] * ratio
+        self.set_rates(ratio)
         self.engine.step()
         self.state.changed()
 

@@ -103,7 +103,7 @@ class ZeroState:
         for flat in self.masters():
             if not self.state_of(flat):
                 count = torch.zeros((), dtype=torch.float32, device=flat.device)
-                moments = {key: torch.zeros_like(flat) for key in ("exp_avg", "exp_avg_sq")}
+                moments = {key: torch.zeros_like(flat) for key in MOMENTS}
                 self.state_of(flat).update(step=count, **moments)
 
     def flats(self, kind: str) -> list[Tensor]:

@@ -27,11 +27,16 @@ class Optimizers:
 
     def step(self, ratio: float) -> None:
         """Updates every parameter that has a gradient, at `ratio` times each group's peak learning rate."""
+        self.set_rates(ratio)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.after()
+
+    def set_rates(self, ratio: float) -> None:
+        """Sets each group's learning rate to `ratio` times its peak."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * ratio
-            optimizer.step()
-        self.after()
 
     def zero_grad(self) -> None:
         """Drops all gradients."""
