@@ -13,6 +13,7 @@ its yardstick is at least what cancelling leaves of one rounding of each token's
 number.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -97,7 +98,7 @@ def keep(folder: Path, name: str, make: Callable[[], Trace]) -> Trace:
     """What is in the folder under a name, made if it is not there."""
     path = folder / f"{name}.safetensors"
     if not path.exists():
-        aside = path.with_suffix(f".{id(make)}.part")
+        aside = path.with_suffix(f".{os.getpid()}.part")
         save_file({key: tensor.contiguous() for key, tensor in make().items()}, aside)
         aside.rename(path)
     return load_file(path)

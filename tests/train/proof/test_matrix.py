@@ -1,6 +1,7 @@
 """The parity matrix: its set of cases has every pair, what it leaves out is refused, and every case holds."""
 
 import itertools
+import os
 
 import pytest
 
@@ -105,7 +106,11 @@ def test_a_tensor_that_is_wrong_shows_among_many():
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory):
-    return tmp_path_factory.mktemp("matrix")
+    """A folder for what one process computes, which many cases compare with, on whatever worker they run."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "matrix"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.mark.parametrize("case", covering_set(), ids=title)
