@@ -53,6 +53,7 @@ def one(dtype="U8", shape=(4,), offsets=(0, 4)):
         with_header({"a": one(offsets=(0,))}, b"1234"),
         with_header({"a": one(offsets=(1, 5))}, b"12345"),
         with_header({"a": one(), "b": one()}, b"1234"),
+        with_header({"a": one(), "b": one(offsets=(2, 6))}, b"12345678"),
         with_header({"a": one()}, b"12345"),
         with_header({"a": one()}, b"123"),
         with_header(b"[" * 100_000),
