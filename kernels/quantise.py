@@ -109,17 +109,13 @@ def quantise(x: Tensor, format: str, block: int = BLOCK, seed: int | None = None
     return payload
 
 
-def dequantise(
-    payload: Tensor, num_elements: int, format: str, block: int = BLOCK, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """The (num_elements,) values of a payload: exact in float32 and float64, rounded in other dtypes."""
-    return accumulate([payload], num_elements, format, block, dtype)
-
-
 def accumulate(
     payloads: Payloads, num_elements: int, format: str, block: int = BLOCK, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """float32 sum (num_elements,) of the payloads' values, in the order given: give them by rank. Returned as dtype."""
+    """float32 sum (num_elements,) of the payloads' values, in the order given: give them by rank. Returned as dtype.
+
+    Of one payload these are its values: exact in float32 and float64, rounded in other dtypes.
+    """
     _check_sizes(payloads, payload_bytes(num_elements, format, block))
     out = torch.empty(num_elements, dtype=dtype, device=payloads[0].device)
     if dtype in DTYPES and use_triton("quantise", payloads[0]):

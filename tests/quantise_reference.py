@@ -9,11 +9,18 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from armillary.kernels.quantise import FORMATS
+from armillary.kernels.quantise import BLOCK, FORMATS, accumulate
 
 LARGEST = torch.finfo(torch.float32).max
 TOPS = {"int8": 127, "int4": 7}
 SEEDS = [None, 0, 1, 2**32 + 5, 2**64 - 1]
+
+
+def dequantise(
+    payload: Tensor, num_elements: int, form: str, block: int = BLOCK, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The values of one payload."""
+    return accumulate([payload], num_elements, form, block, dtype)
 
 
 # The docstring, one value at a time.

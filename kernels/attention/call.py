@@ -94,7 +94,7 @@ def forward(
         out, lse = into
     if q.numel() > 0:
         q, k, v = map(_in_rows, (q, k, v))
-        implementation_of(q, tile, implementation).forward(q, k, v, tile, out, lse, into is not None)
+        implementation_of(q, implementation).forward(q, k, v, tile, out, lse, into is not None)
     return Partial(out, lse)
 
 
@@ -121,7 +121,7 @@ def backward(
     add = tuple(given is not None for given in into)
     if q.numel() > 0 and k.numel() > 0:
         d_out, q, k, v = map(_in_rows, (d_out, q, k, v))
-        chosen = implementation_of(q, tile, implementation)
+        chosen = implementation_of(q, implementation)
         chosen.backward(d_out, q, k, v, lse, delta, tile, (d_q, d_k, d_v), add)
     else:
         for buffer, kept in zip((d_q, d_k, d_v), add, strict=True):

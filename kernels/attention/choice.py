@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from armillary.kernels.attention.configs import longest
-from armillary.kernels.attention.tiles import Tile
 from armillary.kernels.select import VARIABLE, has_triton, overrides
 
 IMPLEMENTATIONS = {
@@ -66,7 +65,7 @@ def choose(device: torch.device, dtype: torch.dtype, head_dim: int) -> Choice:
     return next(choice for choice in CHOICES if choice.applies(device, dtype, head_dim))
 
 
-def implementation_of(q: Tensor, tile: Tile, asked: str | None) -> Any:
+def implementation_of(q: Tensor, asked: str | None) -> Any:
     """The module that computes a call: the one asked for, else ARMILLARY_KERNELS', else the table's.
 
     Raises:

@@ -19,6 +19,7 @@ from quantise_reference import (
     bits,
     blocks,
     by_the_book,
+    dequantise,
     forms,
     offsets,
     scales_of,
@@ -28,7 +29,7 @@ from quantise_reference import (
 from torch import Tensor
 
 from armillary.kernels import quantise as module
-from armillary.kernels.quantise import BLOCKS, FORMATS, accumulate, dequantise, payload_bytes, quantise, requantise
+from armillary.kernels.quantise import BLOCKS, FORMATS, accumulate, payload_bytes, quantise, requantise
 
 
 @settings(max_examples=150, deadline=None)

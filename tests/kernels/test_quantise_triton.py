@@ -22,6 +22,7 @@ from quantise_reference import (
     TOPS,
     bits,
     by_the_book,
+    dequantise,
     forms,
     number,
     offsets,
@@ -30,7 +31,7 @@ from quantise_reference import (
 )
 from torch import Tensor
 
-from armillary.kernels.quantise import BLOCKS, FORMATS, accumulate, dequantise, payload_bytes, quantise, requantise
+from armillary.kernels.quantise import BLOCKS, FORMATS, accumulate, payload_bytes, quantise, requantise
 
 interpreter.install()
 import triton  # noqa: E402

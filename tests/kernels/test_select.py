@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from armillary.kernels import select
 from armillary.kernels.select import OPERATIONS, VARIABLE, overrides, use_triton
 
-NAMED = ("cross_entropy", "merge", "norm", "quantise", "rope", "swiglu")
+NAMED = [operation for operation in OPERATIONS if operation != "attention"]  # which has a table of its own
 IMPORTS = """
 import sys, torch
 from armillary.kernels import norm, rope, swiglu
@@ -35,10 +35,6 @@ class OnGPU:
 @pytest.fixture(autouse=True)
 def nothing_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
-
-
-def test_the_named_operations() -> None:
-    assert set(NAMED) <= set(OPERATIONS)
 
 
 @pytest.mark.parametrize("operation", NAMED)

@@ -218,9 +218,10 @@ def kernel_of(specimen: Specimen) -> tuple[str, str]:
 
 
 def test_every_specimen_names_every_argument(shipped: dict[str, Specimen]) -> None:
+    known = {name for specimen in shipped.values() for name in specimen.signature}
     for specimen in shipped.values():
         assert set(specimen.kernel.arg_names) == specimen.signature.keys() | specimen.constants.keys(), specimen.name
-        assert specimen.unaligned <= specimen.signature.keys() | specimen.constants.keys(), specimen.name
+        assert specimen.unaligned <= known, specimen.name
 
 
 SAMPLE = (
