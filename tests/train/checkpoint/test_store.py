@@ -79,7 +79,8 @@ def test_publish_that_fails_puts_the_old_one_back(checkpoints, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("published", "keep", "left"), [(300, 1, [300]), (300, 2, [200, 300]), (300, 9, [100, 200, 300]), (150, 1, [150])]
+    ("published", "keep", "left"),
+    [(300, 1, [300]), (300, 2, [200, 300]), (300, 9, [100, 200, 300]), (150, 1, [150]), (150, 2, [100, 150])],
 )
 def test_prune_keeps_the_published_and_those_before(checkpoints, published, keep, left):
     folder = numpy_checkpoint(checkpoints / f"step-{published:08d}", published)
