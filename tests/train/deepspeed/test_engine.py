@@ -235,7 +235,7 @@ def test_a_run_goes_from_engine_to_engine(world, folder):
     rows = [latest_per_step(read_metrics(runs / run / "metrics.jsonl")) for run in ("alone", "moved")]
     for key in ("train/loss", "train/grad_norm", "eval/loss"):
         expected, found = ({row["step"]: row[key] for row in each if key in row} for each in rows)
-        assert len(expected) >= 3
+        assert len(expected) >= 2
         assert found == {step: pytest.approx(value, rel=1e-9) for step, value in expected.items()}, key
     assert sum("comm/bytes_weights" in row for row in rows[1]) == 6
     # And nothing is lost on the way from plan to plan: weights and moments, bit for bit.

@@ -43,7 +43,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3": ("llama", {"rope_parameters": {**LLAMA3, "rope_theta": 1000.0}, "tie_word_embeddings": False}),
     "smollm2": ("llama", {"tie_word_embeddings": True, "rms_norm_eps": 1e-5}),
     "llama multi-head": ("llama", {"num_key_value_heads": 4, "head_dim": 12}),
-    "qwen2": ("qwen2", {"num_key_value_heads": 1}),
+    "qwen2": ("qwen2", {"num_key_value_heads": 1, **WINDOW, "max_window_layers": SIZES["num_hidden_layers"]}),
     "qwen2 tied, window": ("qwen2", {"tie_word_embeddings": True, **WINDOW}),
     "qwen3": ("qwen3", {"head_dim": 20}),
     "qwen3 tied, window": ("qwen3", {"head_dim": 8, "tie_word_embeddings": True, **WINDOW}),

@@ -102,3 +102,11 @@ def test_operations_are_those_that_run(tie: bool) -> None:
     attention = flops_per_token(config, seq) - flops_per_token(config, 0)
     assert counter.get_total_flops() == batch * seq * (flops_per_token(config, 0) + 2 * attention)
     assert attention == 6 * config.num_layers * config.dim * seq
+
+
+@pytest.mark.parametrize("window", [1, 5, 16, 40])
+def test_a_window_hides_keys(window: int) -> None:
+    config, seq = ModelConfig(dim=32, num_layers=2, num_heads=4, window=window), 16
+    attention = flops_per_token(config, seq) - flops_per_token(config, 0)
+    visible = sum(min(position + 0.5, window) for position in range(seq)) / seq
+    assert attention == pytest.approx(12 * config.num_layers * config.dim * visible)
