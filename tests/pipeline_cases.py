@@ -133,6 +133,7 @@ def pipeline_of(
     ledger: Ledger,
     group: dist.ProcessGroup | None = None,
     prepare: Callable[[Transformer], None] = lambda stage: None,
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[Pipeline, list[Transformer]]:
     """This rank's part of a case's pipeline, and its stages, which `prepare` has changed."""
     group = group or dist.group.WORLD
@@ -141,7 +142,7 @@ def pipeline_of(
     for stage in stages:
         prepare(stage)
     where = {"group": group, "ledger": ledger, "device": torch.device("cpu")}
-    return Pipeline(stages, schedule, dtype=torch.float64, hidden=hidden, overlap=case.overlap, **where), stages
+    return Pipeline(stages, schedule, dtype=dtype, hidden=hidden, overlap=case.overlap, **where), stages
 
 
 def on_rank(rank: int, case: Case) -> tuple[list[float], list[float], dict[str, np.ndarray]]:

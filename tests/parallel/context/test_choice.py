@@ -112,6 +112,14 @@ def test_room_and_windows_and_levels():
     assert grouped.seconds["hybrid"] < grouped.seconds["ring"]
 
 
+def test_levels_are_a_swap_inside_and_a_ring_of_longer_shards_with_fewer_heads_across():
+    """Eight ranks in levels of two: 16 of 32 heads and 4 of 8 key heads each, then three steps of two ranks' tokens."""
+    seconds = choose(shape(kv_heads=8), Machine(PORT, inside=Link(400e9)), False, level=2).seconds["hybrid"]
+    keys = 2 * 4 * 128 * 2
+    swap = 8192 * (16 * 128 * 2 + keys + 16 * (128 * 2 + 4))
+    assert seconds == pytest.approx(swap / 400e9 + 3 * 2 * 8192 * keys / 45e9)
+
+
 def test_one_rank_exchanges_nothing():
     for backward in (False, True):
         assert set(choose(shape(1), Machine(PORT), backward).seconds.values()) == {0.0}

@@ -13,11 +13,12 @@ from armillary.parallel.plan import Partition
 PIPELINE = 2
 
 
-def sharded(case: Case, ledger: Ledger):
+def sharded(case: Case, ledger: Ledger, compute: torch.dtype = torch.float64):
     """A pipeline of this rank's stages, each an FSDP root over pairs of ranks; the stages, and the rank in the pair."""
     mesh = init_device_mesh("cpu", (PIPELINE, 2), mesh_dim_names=("pp", "plane"))
-    facts = {"mesh": mesh["plane"], "compute": torch.float64, "ledger": ledger}
-    made = pipeline_of(case, ledger, mesh["pp"].get_group(), lambda stage: shard(stage, Partition(), **facts))
+    facts = {"mesh": mesh["plane"], "compute": compute, "ledger": ledger}
+    group = mesh["pp"].get_group()
+    made = pipeline_of(case, ledger, group, lambda stage: shard(stage, Partition(), **facts), compute)
     return *made, mesh["plane"].get_local_rank()
 
 
@@ -44,6 +45,21 @@ def test_same_as_one_process(world, case):
     found = world(on_rank, 2 * PIPELINE, case)
     wrong = problems(found, case, case.plan(PIPELINE).num_stages, copies=2)
     assert not wrong, "\n".join(wrong)
+
+
+def split_in_bf16(rank: int) -> float:
+    """How far the gradients of a split backward are from those of a full one, of the largest, in bfloat16."""
+    gradients = []
+    for name in ("1f1b", "zb1p"):
+        case = Case(name, num_parts=8)
+        pipeline, stages, copy_number = sharded(case, Ledger(), torch.bfloat16)
+        pipeline.forward_backward(parts_of(case, 0, copy_number), torch.tensor(3))
+        gradients.append([parameter.grad.to_local() for stage in stages for parameter in stage.parameters()])
+    return max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(*gradients, strict=True))
+
+
+def test_gradients_that_were_put_off_add_up_in_float32(world):
+    assert max(world(split_in_bf16, 2 * PIPELINE)) < 1e-4
 
 
 def after_an_evaluation(rank: int) -> list[float]:
