@@ -146,6 +146,14 @@ def test_a_rank_that_fails_is_named_and_the_folder_is_removed(tmp_path, monkeypa
     assert sorted(os.listdir(tmp_path)) == ["latest", "step-00000100"]
 
 
+def test_a_rank_that_fails_gives_its_room_back_and_leaves_its_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr(under_test, "save_file", full_disk)
+    save(tmp_path, 200, rank=1, num_ranks=2)
+    (folder,) = tmp_path.iterdir()
+    assert os.listdir(folder) == ["rank-00001.failed"]
+    assert "is full" in (folder / "rank-00001.failed").read_text()
+
+
 # ---- Kills -----------------------------------------------------------------------------------------------------------
 
 
