@@ -1,5 +1,5 @@
 """The formula against closed forms that need no table: what the literature says each strategy moves. That the ledger
-shows the formula's bytes, test_context.py checks on real ranks."""
+shows the formula's bytes, test_core.py checks on real ranks."""
 
 import numpy as np
 import pytest
