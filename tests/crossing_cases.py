@@ -3,22 +3,20 @@
 import os
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_run import make_trainer
 from torch import Tensor
 
 from armillary.parallel.held import EMBEDDING, local, part_of
-from armillary.parallel.mesh import make_ranks
 from armillary.train.checkpoint import load as checkpoint_read
 from armillary.train.checkpoint.local_part import DTYPES
 from armillary.train.checkpoint.restore import own_state, parameter_of, shared_state
 from armillary.train.checkpoint.store import complete, read_manifest
 from armillary.train.config import RunConfig, load_config
-from armillary.train.data.dataset import prepare
 from armillary.train.run_folder import create_run, open_run
 from armillary.train.trainer import Trainer
 
@@ -91,15 +89,6 @@ def num_ranks(plan: str) -> int:
     """Of a plan as `Crossing` writes it."""
     degrees = [int(item.split("=")[1]) for item in plan.split() if item[:2] in ("pp", "dp", "cp", "tp")]
     return int(torch.tensor(degrees).prod())
-
-
-def make_trainer(rank: int, config: RunConfig, run: str) -> Trainer:
-    ranks = make_ranks(config.plan, torch.device("cpu"))
-    dataset = prepare(config.data, lambda _: None)
-    if rank == 0 and not Path("runs", run).exists():
-        create_run(config, "run.toml", run, dataset.tokenizer)
-    dist.barrier()
-    return Trainer(config, ranks, open_run(run), dataset, "test")
 
 
 def train(trainer: Trainer, until: int) -> list[float]:

@@ -10,16 +10,14 @@ from pathlib import Path
 
 import pytest
 import world as ranks
-from tiny_run import write_run
+from tiny_run import make_trainer, write_run
 
-from armillary.parallel.mesh import make_ranks
 from armillary.train.checkpoint.store import complete, read_manifest
 from armillary.train.checkpoint.verify import verify
 from armillary.train.config import RunConfig, load_config
 from armillary.train.data.dataset import prepare
 from armillary.train.metrics_file import latest_per_step, read_metrics
-from armillary.train.run_folder import create_run, open_run
-from armillary.train.trainer import Trainer
+from armillary.train.run_folder import create_run
 
 
 @dataclass(frozen=True)
@@ -45,12 +43,8 @@ PLANS = {
 
 
 def train(rank: int, folder: str, plan: str, run: str, attempt: str) -> None:
-    import torch
-
     os.chdir(folder)
-    config = PLANS[plan].config()
-    mesh = make_ranks(config.plan, torch.device("cpu"))
-    trainer = Trainer(config, mesh, open_run(run), prepare(config.data), attempt)
+    trainer = make_trainer(rank, PLANS[plan].config(), run, attempt)
     trainer.run()
     trainer.observer.close("finished")
 

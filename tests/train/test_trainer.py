@@ -9,62 +9,30 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
+from tiny_run import make_trainer, write_run
 
 from armillary.parallel.mesh import make_ranks
 from armillary.train.checkpoint.store import complete, read_manifest
-from armillary.train.config import RunConfig, load_config
+from armillary.train.config import load_config
 from armillary.train.data.dataset import prepare
 from armillary.train.failure import RunStopped
 from armillary.train.metrics_file import latest_per_step, read_metrics
 from armillary.train.rank import check_same_everywhere, run_rank
-from armillary.train.run_folder import create_run, open_run
-from armillary.train.trainer import Trainer
 
-CONFIG = """
-[model]
-dim = 24
-num_layers = 2
-num_heads = 3
-vocab_size = 257
-[data]
-sequence_length = 32
-batch_size = 6
-tokenizer = "bytes"
-held_out = 0.2
-sources = [{path = "text"}]
-cache = "cache"
+SETTINGS = """
 [optim]
 steps = 8
-learning_rate = 1e-2
-precision = "float32"
 [checkpoint]
 every = 2
-[metrics]
-wandb = "off"
-evaluate_sequences = 4
 """
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A folder with a config and twenty short documents, as the working directory."""
-    (tmp_path / "text").mkdir()
-    for number in range(20):
-        (tmp_path / f"text/{number}.txt").write_text(
-            f"document {number}: " + "the quick brown fox. " * (number % 5 + 1)
-        )
-    (tmp_path / "run.toml").write_text(CONFIG)
+    write_run(tmp_path, SETTINGS)
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def make_trainer(rank: int, config: RunConfig, run: str) -> Trainer:
-    ranks = make_ranks(config.plan, torch.device("cpu"))
-    dataset = prepare(config.data)
-    if rank == 0 and not Path("runs", run).exists():
-        create_run(config, "run.toml", run, dataset.tokenizer)
-    torch.distributed.barrier()
-    return Trainer(config, ranks, open_run(run), dataset, "test")
 
 
 def train(rank: int, folder: Path, run: str, overrides: list[str], stop_at: int | None = None) -> None:

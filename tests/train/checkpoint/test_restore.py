@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from crossing_cases import CONFIG, make_trainer, save, train
+from crossing_cases import CONFIG, save, train
+from tiny_run import make_trainer
 
 from armillary.train.checkpoint.restore import load_state, newest_sound
 from armillary.train.checkpoint.store import complete, read_manifest

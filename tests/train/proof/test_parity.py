@@ -6,6 +6,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 import torch
+from tiny_run import write_run
 
 from armillary.parallel.mesh import make_ranks
 from armillary.parallel.plan import Plan
@@ -13,22 +14,17 @@ from armillary.train.config import load_config
 from armillary.train.data.dataset import prepare
 from armillary.train.proof.parity import compare, trace_one_process, trace_ranks
 
-CONFIG = """
+SETTINGS = """
 [model]
 dim = 36
-num_layers = 2
 num_heads = 6
 num_kv_heads = 2
 vocab_size = 260
 [data]
 sequence_length = 33
 batch_size = 7
-tokenizer = "bytes"
-sources = [{path = "text"}]
-cache = "cache"
 [optim]
 precision = "float64"
-learning_rate = 1e-2
 steps = 9
 clip_norm = 0.5
 """
@@ -36,10 +32,7 @@ clip_norm = 0.5
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    (tmp_path / "text").mkdir()
-    for number in range(15):
-        (tmp_path / f"text/{number}.txt").write_text(f"{number}: " + "pack my box with jugs. " * (number % 4))
-    (tmp_path / "run.toml").write_text(CONFIG)
+    write_run(tmp_path, SETTINGS)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import planted_plans
 import pytest
 import torch
+from tiny_run import make_trainer, write_run
 
 from armillary.parallel.mesh import make_ranks
 from armillary.parallel.plan import Plan
-from armillary.train.config import RunConfig
+from armillary.train.config import RunConfig, load_config
 from armillary.train.data.config import DataConfig
 from armillary.train.failure import RunStopped
 from armillary.train.model.shape import ModelConfig, num_parameters
@@ -119,44 +120,20 @@ def test_what_it_costs_does_not_grow_with_the_model():
     assert shrunk.data.sequence_length * shrunk.data.batch_size < 256
 
 
-CONFIG = """
-[model]
-dim = 24
-num_layers = 2
-num_heads = 3
-vocab_size = 257
-[data]
-sequence_length = 32
-batch_size = 6
-tokenizer = "bytes"
-sources = [{path = "text"}]
-cache = "cache"
+SETTINGS = """
 [optim]
 steps = 3
-precision = "float32"
 [plan]
 dp = 2
 verify = "first-step"
-[metrics]
-wandb = "off"
 """
 
 
 def train(rank: int, folder: Path, mistake: str) -> str:
-    from armillary.train.config import load_config
-    from armillary.train.data.dataset import prepare
-    from armillary.train.run_folder import create_run, open_run
-    from armillary.train.trainer import Trainer
-
     os.chdir(folder)
     if mistake:
         getattr(planted_plans, mistake)(rank)
-    config = load_config("run.toml")
-    ranks, dataset = make_ranks(config.plan, torch.device("cpu")), prepare(config.data)
-    if rank == 0 and not Path("runs/a").exists():
-        create_run(config, "run.toml", "a", dataset.tokenizer)
-    ranks.agree("made")
-    trainer = Trainer(config, ranks, open_run("a"), dataset, "test")
+    trainer = make_trainer(rank, load_config("run.toml"), "a")
     try:
         trainer.run()
     except RunStopped as error:
@@ -168,10 +145,7 @@ def train(rank: int, folder: Path, mistake: str) -> str:
 
 @pytest.mark.parametrize("mistake", ["", "averaged_gradients"])
 def test_a_run_begins_with_it(world, tmp_path, mistake):
-    (tmp_path / "text").mkdir()
-    for number in range(9):
-        (tmp_path / f"text/{number}.txt").write_text(f"document {number}: " + "the quick brown fox. " * number)
-    (tmp_path / "run.toml").write_text(CONFIG)
+    write_run(tmp_path, SETTINGS)
     said = world(train, 2, tmp_path, mistake)
     rows = (tmp_path / "runs/a/metrics.jsonl").read_text()
     assert all(("does not compute" in sentence) == bool(mistake) for sentence in said)
