@@ -6,7 +6,6 @@ Only a run without a checkpoint of its own looks at them; its optimizer begins a
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
-from pathlib import Path
 
 from armillary.parallel.held import Held
 from armillary.train.checkpoint.restore import load_weights, newest_sound
@@ -78,7 +77,7 @@ def shapes_of(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def _open(weights: str) -> RunFolder:
     try:
-        return open_run(Path(weights).expanduser())
+        return open_run(os.path.expanduser(weights))
     except ValueError as error:
         raise ValueError(
             f"model.weights: {error}; a model of Hugging Face's becomes one with armillary import-hf"

@@ -155,10 +155,16 @@ class Trainer:
         self.observer.evaluation(step, *self.engine.evaluate(batches, self.dataset))
 
     def save_if_due(self) -> None:
-        """Starts to write a checkpoint, at the steps that the config says and after the last."""
+        """Starts to write a checkpoint, at the steps that the config says and after the last.
+
+        Raises:
+            RunStopped: if the run's folder is gone: what would be saved without its config, nothing could resume.
+        """
         step, every = self.progress.step, self.config.checkpoint.every
         last = step == self.config.optim.steps
         if (last or (every > 0 and step % every == 0)) and self.is_sound(last):
+            if self.ranks.rank == 0 and not self.folder.config.exists():
+                raise RunStopped(f"{self.folder.config} is gone: was the run's folder moved or removed while it ran?")
             facts = {
                 "progress": asdict(self.progress),
                 "guard": self.guard.state(),

@@ -135,6 +135,10 @@ CASES: dict[str, tuple[list[str], str]] = {
         ["train", "run.toml", "--set", 'data.sources=[{path="nowhere"}]'],
         'data.sources[0].path = "nowhere": there is no such file or folder; give a path, a glob, "stdlib" or "hub:NAME"',
     ),
+    "a home of nobody": (
+        ["train", "run.toml", "--set", 'data.sources=[{path="~nobody-here/x"}]'],
+        'data.sources[0].path = "~nobody-here/x": there is no such file or folder; give a path, a glob, "stdlib" or "hub:NAME"',
+    ),
     "no data in a folder": (
         ["train", "run.toml", "--set", 'data.sources=[{path="empty"}]'],
         'data.sources[0].path = "empty": nothing that can be read (no files); allowed are ' + SUFFIXES,

@@ -5,6 +5,7 @@ import json
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from armillary.train.data.dataset import prepare
 from armillary.train.failure import RunStopped
 from armillary.train.metrics_file import latest_per_step, read_metrics
 from armillary.train.rank import check_same_everywhere, run_rank
+from armillary.train.run_folder import RunFolder
+from armillary.train.trainer import Progress, Trainer
 
 SETTINGS = """
 [optim]
@@ -326,3 +329,12 @@ def test_command_line_options_reach_the_trainer(folder, monkeypatch):
     run_rank(argparse.Namespace(config="", resume="one", name="", **options | {"overrides": []}))
     assert complete(Path("runs/one/checkpoints"))[0].name == "step-00000002"
     assert "finished" in Path("runs/one/metrics.jsonl").read_text()
+
+
+def test_a_run_whose_folder_is_gone_stops(tmp_path):
+    trainer = Trainer.__new__(Trainer)
+    trainer.progress, trainer.folder = Progress(step=2), RunFolder(tmp_path / "gone")
+    trainer.config = load_config("/dev/null", ["checkpoint.every=2", "optim.steps=8"])
+    trainer.ranks, trainer.is_sound = SimpleNamespace(rank=0), lambda last: True
+    with pytest.raises(RunStopped, match=r"gone/config\.toml is gone: was the run's folder moved or removed"):
+        trainer.save_if_due()

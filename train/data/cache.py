@@ -30,7 +30,7 @@ def digest(*values: Any) -> str:
 def cache_folder(setting: str, report: Report) -> Path:
     """`setting`, or else where caches belong on this machine, or else `.cache/armillary` here."""
     if setting:
-        return Path(setting).expanduser()
+        return Path(os.path.expanduser(setting))
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     usual = Path(os.environ.get("ARMILLARY_CACHE") or Path(base) / "armillary")
     try:

@@ -88,7 +88,7 @@ def find(source: Source, key: str) -> Listing:
 
 
 def _match(path: str, where: str) -> list[Path]:
-    found = Path(path).expanduser()
+    found = Path(os.path.expanduser(path))
     if found.is_file():
         files = [found]
     elif found.is_dir():

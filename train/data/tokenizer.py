@@ -6,6 +6,7 @@ library, `tokenizers`, so that any of them can be saved beside a checkpoint and 
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,7 +131,7 @@ def load_tokenizer(path: str | Path, key: str = "data.tokenizer") -> Tokenizer:
     from tokenizers import Tokenizer as Inner
 
     where = f'{key} = "{path}"'
-    file = Path(path).expanduser()
+    file = Path(os.path.expanduser(path))
     file = file / "tokenizer.json" if file.is_dir() else file
     if not file.is_file():
         raise ValueError(

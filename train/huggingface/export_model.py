@@ -50,7 +50,7 @@ def export_hf(
     """
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype}: can be {' or '.join(DTYPES)}")
-    path, folder = Path(path).expanduser(), open_run(run)
+    path, folder = Path(os.path.expanduser(path)), open_run(run)
     if path.exists():
         raise ValueError(f"{path}: exists; name a folder that does not")
     config = folder.load_config()

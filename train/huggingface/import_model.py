@@ -38,7 +38,7 @@ def import_hf(path: str | Path, name: str = "", report: Callable[[str], None] = 
         ValueError: if what is there cannot be imported; names file and key.
         LogitsDiffer: if transformers computes something else from it; then there is no run.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     name = name or re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().stem if path.is_file() else path.resolve().name)
     run = ROOT / name
     if run.exists():
