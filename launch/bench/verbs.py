@@ -13,7 +13,8 @@ from armillary.train.failure import FAILED
 class _Benchmarks(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args[0] not in self.commands:
-            raise ValueError(f"bench {args[0]}: there is no such benchmark; there are: {', '.join(sorted(self.commands))}")
+            known = ", ".join(sorted(self.commands))
+            raise ValueError(f"bench {args[0]}: there is no such benchmark; there are: {known}")
         return super().resolve_command(ctx, args)
 
 
