@@ -57,15 +57,18 @@ def test_one_pass_holds_every_training_document_once(folder: Path) -> None:
     source = (Source(path=str(folder / "y.jsonl")),)
     dataset = prepare(config(folder, sources=source))
     count = -(-dataset.train_size.tokens // 32)
-    passes = []
+    passes, cuts = [], []
     for epoch in range(2):
         sequences = [dataset.sequence(epoch * count + i) for i in range(count)]
         pairs = Counter(p for s in sequences for p in zip(s.tokens.tolist(), s.labels.tolist(), strict=True))
         passes.append(pairs)
+        cuts.append({tuple(s.tokens.tolist()) for s in sequences})
         assert sum(int((s.labels != IGNORE).sum()) for s in sequences) == (
             dataset.train_size.tokens - dataset.train_size.documents
         )
     assert passes[0] == passes[1]
+    # The documents have other neighbours, too.
+    assert cuts[0] != cuts[1]
     assert flat(dataset.sequence(0)) != flat(dataset.sequence(count))
     held = [dataset.held_out_sequence(i) for i in range(dataset.num_held_out)]
     assert dataset.held_out_size.documents > 0
