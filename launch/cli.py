@@ -38,7 +38,7 @@ def train(
         raise ValueError("give either a CONFIG or --resume RUN; for example: armillary train configs/demo.toml")
     if resume and name:
         raise ValueError(f"--name {name}: a resumed run keeps its name; leave --name out")
-    if "RANK" in os.environ:
+    if {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         if output:
             raise ValueError("--json: a rank has no result of its own; read metrics.jsonl in the run's folder")
         from armillary.train.__main__ import run_as_rank

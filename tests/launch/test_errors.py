@@ -80,6 +80,10 @@ CASES: dict[str, tuple[list[str], str]] = {
         f"plan: its degrees need 1000000 ranks, and this machine has memory for at most {MOST}, even without a model; "
         "lower them, or start the ranks on several machines with torchrun",
     ),
+    "a result that cannot be written": (
+        ["train", "run.toml", "--json", "nowhere/a.json"],
+        "--json nowhere/a.json: cannot be written; give a file in a folder that exists and can be written",
+    ),
     "a name for an old run": (
         ["train", "--resume", "x", "--name", "y"],
         "--name y: a resumed run keeps its name; leave --name out",
@@ -263,3 +267,10 @@ def test_a_machine_without_loopback_is_told(monkeypatch):
     monkeypatch.setattr("socket.create_connection", refuse)
     with pytest.raises(RunStopped, match=r"over localhost \(.*unreachable\); bring the loopback device up"):
         start_ranks(1, "json", [])
+
+
+def test_a_rank_number_alone_is_not_torchrun(folder, capsys, monkeypatch):
+    """RANK may be left over in a shell; the verb then starts its own ranks, here after the first check."""
+    monkeypatch.setenv("RANK", "0")
+    code, told = run(capsys, monkeypatch, "train", "run.toml", "--plan", "dp=1000000")
+    assert (code, told[:11]) == (2, "error: plan")
