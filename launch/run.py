@@ -1,5 +1,6 @@
 """`armillary train`: checks, prepares, starts the ranks, and leaves a sample and a report behind."""
 
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -57,7 +58,7 @@ def train(
         return result, 0
     show(failure, debug)
     if failure.exit_code != REFUSED:
-        print(f"Continue with: armillary train --resume {folder.path}", file=sys.stderr)
+        print(f"Continue with: armillary train --resume {shlex.quote(str(folder.path))}", file=sys.stderr)
     return result, failure.exit_code
 
 

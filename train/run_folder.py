@@ -67,7 +67,9 @@ def create_run(
         raise ValueError(
             f"--name {name!r}: use letters, digits, '.', '-' and '_' only, starting with a letter or digit"
         )
-    stamp = time.strftime(f"{Path(config_path).stem}-%Y%m%d-%H%M%S")
+    # Of what --name allows too, so that a shell takes it without quotes.
+    stem = re.sub(r"[^A-Za-z0-9._-]+|^[^A-Za-z0-9]+", "-", Path(config_path).stem)[:100].lstrip("-._") or "run"
+    stamp = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     names = [name] if name else [stamp, *(f"{stamp}-{number}" for number in range(2, 100))]
     # Made aside, so that a kill leaves no folder that is neither a run nor a free name.
     ROOT.mkdir(exist_ok=True)

@@ -3,12 +3,16 @@
 import errno
 import json
 import os
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from armillary.train.config import RunConfig
+from armillary.train.data.tokenizer import byte_tokenizer
 from armillary.train.files import safe_join, write_aside, write_json
+from armillary.train.run_folder import create_run
 
 
 def test_write_aside_replaces_a_file(tmp_path):
@@ -73,3 +77,19 @@ def test_safe_join_never_leaves_the_folder(tmp_path_factory, name):
         return
     assert path.resolve().is_relative_to(folder.resolve())
     assert path != folder
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ("tiny.toml", "tiny"),
+        ("c \u00fc'x.toml", "c-x"),
+        ("50%d.toml", "50-d"),
+        ("\u00fc.toml", "run"),
+        ("_a.toml", "a"),
+    ],
+)
+def test_a_run_without_a_name_gets_one_that_a_shell_takes_as_it_is(tmp_path, monkeypatch, config, name):
+    monkeypatch.chdir(tmp_path)
+    run = create_run(RunConfig(), config, "", byte_tokenizer())
+    assert re.fullmatch(rf"runs/{name}-\d{{8}}-\d{{6}}", str(run.path))
