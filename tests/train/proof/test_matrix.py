@@ -2,12 +2,14 @@
 
 import itertools
 import os
+from dataclasses import replace
 
 import pytest
 
 from armillary.launch.matrix_ranks import judge_on_ranks
 from armillary.train.config import ConfigError, load_config
 from armillary.train.proof.matrix import (
+    BASE,
     FEATURES,
     MOST_RANKS,
     all_pairs,
@@ -73,6 +75,11 @@ def test_what_is_refused_is_refused_before_a_rank_starts(tmp_path):
         assert sentence in str(error.value)
         assert "set " in sentence
         assert sentence.count(". ") == 0
+
+
+def test_a_section_may_refuse_too():
+    (sentence,) = refused(replace(BASE, model=replace(BASE.model, num_kv_heads=4)))
+    assert sentence.startswith("model.num_kv_heads: ")
 
 
 def test_deepspeed_alone_is_refused_anything():
