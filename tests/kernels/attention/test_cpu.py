@@ -59,7 +59,7 @@ def truth_of(case: Case, dtype: torch.dtype, pulls: list[Tensor]) -> list[Tensor
 
 
 @settings(max_examples=200, deadline=None)
-@given(cases(longest=24), cuts(), st.sampled_from(list(TOLERANCE)), st.sampled_from([1.0, 1.0, 0.0, 1e-25]))
+@given(cases(), cuts(), st.sampled_from(list(TOLERANCE)), st.sampled_from([1.0, 1.0, 0.0, 1e-25]))
 def test_equals_the_reference(case: Case, sizes: dict[str, Any], dtype: torch.dtype, weight_of_out: float) -> None:
     """Also where the log-sum-exp alone has a gradient, and where that of `out` is tiny beside it."""
     with mock.patch.multiple(cpu_plan, **sizes):

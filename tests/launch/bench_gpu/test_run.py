@@ -203,7 +203,7 @@ def test_a_job_that_raises_is_a_row_and_one_without_time_too() -> None:
 def test_all_sections_fit_into_the_time_of_the_command() -> None:
     assert bench_gpu.SECONDS < 9 * 60
     assert {section.name for section in SECTIONS if section.prepared} == {"attention", "layers", "candidates"}
-    assert all(sections.importlib.import_module(f"armillary.launch.{section.module}").jobs for section in SECTIONS)
+    assert all(sections.importlib.import_module(f"armillary.launch.bench_gpu.{s.module}").jobs for s in SECTIONS)
 
 
 def test_what_is_timed_has_a_target_where_the_issue_has_one() -> None:
