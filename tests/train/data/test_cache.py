@@ -32,6 +32,28 @@ def test_a_finished_folder_is_opened_and_not_made_again(tmp_path: Path) -> None:
     assert not lines
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_everything_is_on_disk_before_the_folder_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def synced(descriptor: int) -> None:
+        events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def renamed(source: Path, target: Path) -> None:
+        events.append("renamed")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", renamed)
+    open_or_build(tmp_path / "a", build, print)
+    before = events[: events.index("renamed")]
+    assert "numbers.txt" in before
+    assert any(name.startswith(".manifest.json.") for name in before)
+    assert events[-1] == tmp_path.name
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path
