@@ -39,7 +39,7 @@ def read_table(path: Path, parents: tuple[Path, ...] = ()) -> Table:
         raise ConfigError(f"{path}: extends itself, through {parents[-1]}; remove one `extends`")
     by = f", which {parents[-1]} extends" if parents else ""
     try:
-        own = tomllib.loads(path.read_text(encoding="utf-8"))
+        own = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], 1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else "; configs/ holds examples"

@@ -188,3 +188,9 @@ def test_a_vocabulary_too_small_is_refused():
 def test_no_torch_is_imported():
     code = "import sys, armillary.train.config, armillary.launch.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_file_of_a_windows_editor_is_read(tmp_path):
+    path = tmp_path / "a.toml"
+    path.write_bytes(b"\xef\xbb\xbf[optim]\r\nsteps = 7\r\n")
+    assert load_config(path).optim.steps == 7
