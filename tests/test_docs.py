@@ -44,6 +44,7 @@ def clone(tmp_path, monkeypatch):
         ("docs/pipeline.md", 1),
         ("docs/deepspeed.md", 2),
         ("docs/checkpoints.md", 2),
+        ("docs/step.md", 2),
         pytest.param("docs/lab.md", 2, marks=[pytest.mark.lab, pytest.mark.skipif(bool(NO_LAB), reason=str(NO_LAB))]),
     ],
 )

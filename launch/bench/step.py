@@ -56,7 +56,6 @@ def parts_of(trainer: Trainer) -> dict[str, tuple[Any, str]]:
         **{f"  {type(each).__name__}": (each, "step") for each in engine.optimizers.optimizers},
         "zero gradients": (type(engine.optimizers), "zero_grad"),
         "metrics and status line": (trainer.observer, "step"),
-        "checkpoint, until the run goes on": (trainer.checkpointer, "save"),
     }
 
 
@@ -96,30 +95,18 @@ def watched_step(trainer: Trainer) -> Alive:
     return mode
 
 
-def save(trainer: Trainer) -> None:
-    """Saves a checkpoint, and waits for it."""
-    trainer.save_if_due()
-    trainer.checkpointer.wait()
-
-
 def measure(config: RunConfig, folder: Path, steps: int) -> list[list[list[str]]]:
     """Tables, each with its header, of the rank that runs this: times, memory, copies, collectives."""
     torch.set_num_threads(1)
-    config = replace(
-        config,
-        metrics=replace(config.metrics, wandb="off"),
-        checkpoint=replace(config.checkpoint, every=1),
-    )
+    config = replace(config, metrics=replace(config.metrics, wandb="off"))
     dataset = prepare(config.data)
     with joined_ranks(config.plan) as ranks:
         trainer = Trainer(config, ranks, RunFolder(folder), dataset, "bench")
         for _ in range(WARM_UP):
             trainer.train_step()
-        save(trainer)
         with timed(parts_of(trainer)) as parts:
             for _ in range(steps):
                 trainer.train_step()
-            save(trainer)
         seen = watched_step(trainer)
         moved = list(ranks.ledger.entries.items())
         trainer.observer.close("finished")

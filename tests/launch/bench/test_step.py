@@ -64,11 +64,11 @@ def test_a_part_gets_the_time_of_its_method_and_gives_the_method_back():
 
 
 def test_tables_of_a_run(tmp_path):
-    plain = ["data.held_out=0", "data.batch_size=2", "model.dim=16", "checkpoint.keep=1"]
+    plain = ["data.held_out=0", "data.batch_size=2", "model.dim=16"]
     tables = measure(load_config(TINY, plain, "dp=1"), tmp_path, steps=2)
     times, alive, copies, collectives = tables
     spent = {row[0]: float(row[1]) for row in times[1:]}
-    inside = [name for name in spent if not name.startswith(("  ", "whole", "checkpoint"))]
+    inside = [name for name in spent if not name.startswith(("  ", "whole"))]
     assert spent["forward and backward"] >= spent["  of the micro-batches"] > 0
     assert 0.5 * spent["whole step"] < sum(spent[name] for name in inside) <= spent["whole step"]
     assert {"weights", "optimizer state", "kernels/norm.py"} <= {row[0] for row in alive}
