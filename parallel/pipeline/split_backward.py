@@ -35,7 +35,7 @@ def split_backward(module: nn.Module) -> Later:
 
 
 def _split(module: nn.Module, later: Later) -> None:
-    if isinstance(module, OptimizedModule) or module._compiled_call_impl is not None:
+    if isinstance(module, OptimizedModule) or module._compiled_call_impl is not None or _is_compiled(module):
         return
     if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
         module.forward = partial(_forward, module, later)  # type: ignore[method-assign]
@@ -43,6 +43,11 @@ def _split(module: nn.Module, later: Later) -> None:
         module.later = later
     for child in module.children():
         _split(child, later)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether it is a block of ours that is compiled inside."""
+    return bool(getattr(module, "compiled", False))
 
 
 def _forward(layer: nn.Linear, later: Later, x: Tensor) -> Tensor:

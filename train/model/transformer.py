@@ -150,6 +150,13 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn = FeedForward(config)
         self.recompute = "none"
+        self.compiled = False
+
+    def compile(self, **options: Any) -> None:
+        """torch.compile of the layer, inside of what `recompute` computes again: around it a compiler gives up, since
+        there is what it cannot compile in it."""
+        self._layer = torch.compile(self._layer, **options)  # type: ignore[method-assign]
+        self.compiled = True
 
     def forward(self, x: Tensor, shared: Shared) -> Tensor:
         if self.recompute == "full":

@@ -378,3 +378,24 @@ def test_sharded_by_fsdp(on_two: list[list[Sharded]], case: int) -> None:
             assert parameter.grad is not None
             error = (torch.from_numpy(gradients[name]) - parameter.grad).norm() / parameter.grad.norm()
             assert error < tolerance, name
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_a_block_is_compiled_whatever_it_computes_again(recompute):
+    """Around a recomputed layer the compiler would give up, without a word, and compile nothing."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    config = ModelConfig(dim=24, num_layers=2, num_heads=3, vocab_size=32)
+    plain, compiled = Transformer(config).double(), Transformer(config).double()
+    tokens = torch.randint(0, 32, (2, 16), generator=torch.Generator().manual_seed(0))
+    for model in (plain, compiled):
+        initialise(model, 0)
+    for block in compiled.blocks.values():
+        block.recompute = recompute
+        block.attention.core.forward = torch.compiler.disable(block.attention.core.forward)
+        block.compile(backend="aot_eager")
+    for model in (plain, compiled):
+        model(tokens, None, tokens).backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    for name, parameter in compiled.named_parameters():
+        torch.testing.assert_close(parameter.grad, plain.get_parameter(name).grad, rtol=0, atol=1e-12)
