@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from armillary.launch.ranks import run_ranks
-from armillary.train.config import check_vocabulary, dump_config, load_config
+from armillary.train.config.run_config import check_vocabulary, dump_config, load_config
 from armillary.train.data.dataset import prepare
 from armillary.train.files import write_aside
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from armillary.launch.story import Points, points_of, values_of
-from armillary.train.metrics_file import Row
+from armillary.train.observe.metrics_file import Row
 from armillary.train.words import quantity
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from pathlib import Path
 from armillary.launch.plots import brief, charts_of
 from armillary.launch.story import Story, number_of, points_of, read_story, values_of
 from armillary.train.files import write_aside
-from armillary.train.metrics_file import FILE, redact
+from armillary.train.observe.metrics_file import FILE, redact
 from armillary.train.words import duration, quantity
 
 MOST_EVENTS = 100

@@ -9,12 +9,12 @@ from typing import Any
 
 from armillary.launch.ranks import check_room, start_ranks
 from armillary.launch.report import write_report
-from armillary.train.config import check_vocabulary, load_config
+from armillary.train.config.run_config import check_vocabulary, load_config
 from armillary.train.data.config import from_anywhere
 from armillary.train.data.dataset import prepare
 from armillary.train.failure import REFUSED, say, show
 from armillary.train.files import write_aside
-from armillary.train.metrics_file import FILE, latest_per_step, read_metrics
+from armillary.train.observe.metrics_file import FILE, latest_per_step, read_metrics
 from armillary.train.run_folder import RunFolder, create_run, open_run
 
 SAMPLE_TOKENS = 200

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from armillary.train.metrics_file import FILE, Row, latest_per_step, read_metrics
+from armillary.train.observe.metrics_file import FILE, Row, latest_per_step, read_metrics
 
 Points = list[tuple[float, float]]
 

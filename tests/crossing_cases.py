@@ -16,7 +16,7 @@ from armillary.train.checkpoint import load as checkpoint_read
 from armillary.train.checkpoint.local_part import DTYPES
 from armillary.train.checkpoint.restore import own_state, parameter_of, shared_state
 from armillary.train.checkpoint.store import complete, read_manifest
-from armillary.train.config import RunConfig, load_config
+from armillary.train.config.run_config import RunConfig, load_config
 from armillary.train.run_folder import create_run, open_run
 from armillary.train.trainer import Trainer
 

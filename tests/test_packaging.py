@@ -53,7 +53,7 @@ def test_the_wheel_works_elsewhere(wheel, tmp_path):
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target)]
     subprocess.run([*install, str(wheel)], check=True, capture_output=True)
     code = (
-        "import armillary.train.config as c, armillary.launch.cli; "
+        "import armillary.train.config.run_config as c, armillary.launch.cli; "
         f"assert c.__file__.startswith({str(target)!r}), c.__file__; print('ok')"
     )
     # -P keeps the repository out of the path; the target comes before the editable install.

@@ -10,7 +10,7 @@ from armillary.parallel.pipeline.runner import Pipeline
 from armillary.parallel.runner import Runner
 from armillary.parallel.serial import Serial
 from armillary.parallel.tensor.cuts import hidden_shape
-from armillary.train.config import RunConfig
+from armillary.train.config.run_config import RunConfig
 from armillary.train.deepspeed.engine import shard_with_deepspeed
 from armillary.train.engine import Engine
 from armillary.train.model.transformer import Transformer, initial

@@ -11,7 +11,7 @@ from armillary.parallel.plan import Partition, Plan
 from armillary.parallel.zero import ZeroConfig
 from armillary.train.build import build_engine
 from armillary.train.checkpoint.restore import load_weights, newest_sound
-from armillary.train.config import RunConfig
+from armillary.train.config.run_config import RunConfig
 from armillary.train.data.tokenizer import Tokenizer, load_tokenizer
 from armillary.train.engine import Engine
 from armillary.train.model.transformer import Transformer

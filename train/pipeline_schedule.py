@@ -15,7 +15,7 @@ from armillary.parallel.schedule.actions import Action, Schedule
 from armillary.parallel.schedule.by_name import schedule_named
 from armillary.parallel.schedule.simulator import Costs
 from armillary.parallel.schedule.synthesis import Synthesis, synthesise
-from armillary.train.config import RunConfig
+from armillary.train.config.run_config import RunConfig
 from armillary.train.data.dataset import Batch
 from armillary.train.resolve import slowest_link
 from armillary.train.share import share

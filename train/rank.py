@@ -8,13 +8,13 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from armillary.parallel.mesh import Ranks, joined_ranks
-from armillary.train.config import RunConfig, check_vocabulary, dump_config, load_config
+from armillary.train.config.run_config import RunConfig, check_vocabulary, dump_config, load_config
 from armillary.train.data.cache import digest
 from armillary.train.data.config import from_anywhere
 from armillary.train.data.dataset import Dataset, prepare
 from armillary.train.initial_weights import checked_weights
+from armillary.train.observe.sinks import Ending
 from armillary.train.run_folder import RunFolder, create_run, open_run
-from armillary.train.sinks import Ending
 from armillary.train.trainer import Trainer
 
 

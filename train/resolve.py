@@ -21,7 +21,7 @@ from armillary.kernels.attention.tiles import Tile
 from armillary.parallel.context.choice import Choice, Machine, Shape, choose
 from armillary.parallel.mesh import Ranks
 from armillary.parallel.plan import Plan
-from armillary.train.config import RunConfig
+from armillary.train.config.run_config import RunConfig
 from armillary.train.precision import COMPUTE
 from armillary.train.stages import stages_of
 

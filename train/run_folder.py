@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from armillary.train.config import RunConfig, dump_config, load_config
+from armillary.train.config.run_config import RunConfig, dump_config, load_config
 from armillary.train.data.tokenizer import Tokenizer
 from armillary.train.files import write_aside, write_json
 

@@ -17,13 +17,13 @@ from armillary.train.checkpoint.restore import (
     weights_are_finite,
 )
 from armillary.train.checkpoint.save import Checkpointer
-from armillary.train.config import RunConfig
+from armillary.train.config.run_config import RunConfig
 from armillary.train.data.dataset import Batch, Dataset, held_out_batches, micro_batches
 from armillary.train.failure import RunStopped
 from armillary.train.guard import Guard, Verdict
 from armillary.train.initial_weights import take_weights
 from armillary.train.model.shape import num_parameters
-from armillary.train.observer import Observer
+from armillary.train.observe.observer import Observer
 from armillary.train.optim.schedule import learning_rate_ratio
 from armillary.train.proof.verify import verify_plan
 from armillary.train.resolve import resolve

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from armillary.parallel.plan import Plan
-from armillary.train.config import RunConfig
+from armillary.train.config.run_config import RunConfig
 from armillary.train.data.config import DataConfig
 from armillary.train.data.dataset import Batch
 from armillary.train.model.shape import ModelConfig

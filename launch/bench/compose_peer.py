@@ -31,7 +31,7 @@ from armillary.comm.ledger import Ledger
 from armillary.launch.bench.compose_peer_model import Llama, initialised, keep_stage
 from armillary.parallel.mesh import Ranks
 from armillary.parallel.schedule.actions import place_stages
-from armillary.train.config import RunConfig
+from armillary.train.config.run_config import RunConfig
 
 
 def cut_tensors(model: Llama, mesh: DeviceMesh) -> None:

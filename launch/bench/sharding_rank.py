@@ -20,7 +20,7 @@ from armillary.parallel.mesh import Ranks, joined_ranks
 from armillary.parallel.plan import Partition, Plan
 from armillary.parallel.zero import ZeroConfig
 from armillary.train.build import COMPUTE, build_engine
-from armillary.train.config import RunConfig
+from armillary.train.config.run_config import RunConfig
 from armillary.train.data.dataset import Batch
 from armillary.train.model.shape import ModelConfig
 from armillary.train.model.transformer import Transformer, initialise

@@ -20,7 +20,7 @@ import torch
 from armillary.launch.bench.alive import Alive
 from armillary.launch.rows import print_table
 from armillary.parallel.mesh import joined_ranks
-from armillary.train.config import RunConfig, load_config
+from armillary.train.config.run_config import RunConfig, load_config
 from armillary.train.data.dataset import prepare
 from armillary.train.failure import guarded, leave
 from armillary.train.run_folder import RunFolder

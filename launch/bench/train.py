@@ -20,7 +20,7 @@ def rows(repetitions: int) -> list[Row]:
 
     from armillary.parallel.mesh import joined_ranks
     from armillary.parallel.plan import Plan
-    from armillary.train.config import load_config
+    from armillary.train.config.run_config import load_config
     from armillary.train.data.dataset import prepare
     from armillary.train.run_folder import RunFolder
     from armillary.train.trainer import Trainer

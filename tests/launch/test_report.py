@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from armillary.launch.report import write_report
-from armillary.train.metrics import Meter, MetricsConfig
-from armillary.train.metrics_file import FILE
+from armillary.train.observe.meter import Meter, MetricsConfig
+from armillary.train.observe.metrics_file import FILE
 
 VOID = {"meta", "link", "br", "path", "use", "rect", "line", "circle"}
 FACTS = {

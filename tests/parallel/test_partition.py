@@ -6,7 +6,7 @@ import torch
 from armillary.parallel.mesh import make_ranks
 from armillary.parallel.plan import Partition, Plan
 from armillary.train.build import build_engine
-from armillary.train.config import RunConfig
+from armillary.train.config.run_config import RunConfig
 from armillary.train.model.shape import ModelConfig
 from armillary.train.model.transformer import Transformer, initialise
 from armillary.train.optim.schedule import OptimConfig

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from armillary.train.config import RunConfig
+from armillary.train.config.run_config import RunConfig
 from armillary.train.data.tokenizer import byte_tokenizer
 from armillary.train.files import safe_join, write_aside, write_json
 from armillary.train.run_folder import create_run

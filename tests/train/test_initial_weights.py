@@ -11,7 +11,7 @@ from armillary.parallel.held import Held
 from armillary.parallel.mesh import make_ranks
 from armillary.parallel.plan import Plan
 from armillary.train.build import build_engine
-from armillary.train.config import RunConfig
+from armillary.train.config.run_config import RunConfig
 from armillary.train.data.config import DataConfig
 from armillary.train.data.tokenizer import byte_tokenizer
 from armillary.train.huggingface.weights import write_checkpoint

@@ -14,9 +14,9 @@ from tiny_run import make_trainer, write_run
 
 from armillary.train.checkpoint.store import complete, read_manifest
 from armillary.train.checkpoint.verify import verify
-from armillary.train.config import RunConfig, load_config
+from armillary.train.config.run_config import RunConfig, load_config
 from armillary.train.data.dataset import prepare
-from armillary.train.metrics_file import latest_per_step, read_metrics
+from armillary.train.observe.metrics_file import latest_per_step, read_metrics
 from armillary.train.run_folder import create_run
 
 

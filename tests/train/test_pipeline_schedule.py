@@ -11,7 +11,7 @@ from armillary.parallel.plan import Plan
 from armillary.parallel.schedule import check
 from armillary.train import resolve as resolving
 from armillary.train.build import build_engine
-from armillary.train.config import RunConfig
+from armillary.train.config.run_config import RunConfig
 from armillary.train.data.config import DataConfig
 from armillary.train.data.dataset import Batch
 from armillary.train.model.shape import ModelConfig

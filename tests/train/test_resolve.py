@@ -7,7 +7,7 @@ import torch
 
 from armillary.parallel.mesh import make_ranks
 from armillary.parallel.plan import Plan
-from armillary.train.config import RunConfig, load_config
+from armillary.train.config.run_config import RunConfig, load_config
 from armillary.train.resolve import resolve, shape_of
 
 

@@ -14,10 +14,10 @@ from tiny_run import make_trainer, write_run
 
 from armillary.parallel.mesh import make_ranks
 from armillary.train.checkpoint.store import complete, read_manifest
-from armillary.train.config import load_config
+from armillary.train.config.run_config import load_config
 from armillary.train.data.dataset import prepare
 from armillary.train.failure import RunStopped
-from armillary.train.metrics_file import latest_per_step, read_metrics
+from armillary.train.observe.metrics_file import latest_per_step, read_metrics
 from armillary.train.rank import check_same_everywhere, run_rank
 from armillary.train.run_folder import RunFolder
 from armillary.train.trainer import Progress, Trainer

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from armillary.train.checkpoint.load import read_full
-from armillary.train.config import RunConfig, check_vocabulary
+from armillary.train.config.run_config import RunConfig, check_vocabulary
 from armillary.train.data.config import DataConfig
 from armillary.train.huggingface.check import check_logits
 from armillary.train.huggingface.families import EMBEDDING, HEAD, read_config, their_name

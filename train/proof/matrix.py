@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from armillary.train.config import RunConfig
+from armillary.train.config.run_config import RunConfig
 from armillary.train.data.config import DataConfig
 from armillary.train.model.shape import ModelConfig
 from armillary.train.optim.schedule import OptimConfig

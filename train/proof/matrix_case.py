@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from armillary.parallel.mesh import Ranks
-from armillary.train.config import RunConfig
+from armillary.train.config.run_config import RunConfig
 from armillary.train.data.cache import digest
 from armillary.train.data.dataset import Dataset
 from armillary.train.proof.matrix import ALLOWED, LENGTHS, STEPS, Case, config_of

@@ -19,7 +19,7 @@ from armillary.kernels.attention.places import Places
 from armillary.parallel.held import Held
 from armillary.parallel.mesh import Ranks, joined_ranks
 from armillary.train.build import build_engine
-from armillary.train.config import RunConfig, load_config
+from armillary.train.config.run_config import RunConfig, load_config
 from armillary.train.data.dataset import Dataset, micro_batches, prepare
 from armillary.train.failure import guarded, leave
 from armillary.train.model.transformer import IGNORE, Transformer, initialise

@@ -12,9 +12,9 @@ import torch
 
 from armillary.comm.ledger import Ledger
 from armillary.parallel.mesh import Ranks
-from armillary.train.config import RunConfig
+from armillary.train.config.run_config import RunConfig
 from armillary.train.failure import RunStopped
-from armillary.train.observer import Observer
+from armillary.train.observe.observer import Observer
 from armillary.train.optim.schedule import OptimConfig
 from armillary.train.proof.parity import TOLERANCE, compare, trace_one_process, trace_ranks
 from armillary.train.proof.specimen import specimen

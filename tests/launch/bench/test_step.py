@@ -7,7 +7,7 @@ import torch
 
 from armillary.launch.bench.alive import Alive
 from armillary.launch.bench.step import measure, timed
-from armillary.train.config import load_config
+from armillary.train.config.run_config import load_config
 
 TINY = Path(__file__).parents[3] / "configs" / "tiny.toml"
 MB = 250_000

@@ -11,7 +11,7 @@ from tiny_run import make_trainer
 
 from armillary.train.checkpoint.restore import load_state, newest_sound
 from armillary.train.checkpoint.store import complete, read_manifest
-from armillary.train.config import load_config
+from armillary.train.config.run_config import load_config
 
 TP2_PP2 = ["plan.tp=2", "plan.pp=2"]
 OTHERS = {

@@ -15,10 +15,10 @@ from armillary.train.checkpoint.load import read_full
 from armillary.train.checkpoint.restore import load_state, shared_state
 from armillary.train.checkpoint.save import Checkpointer
 from armillary.train.checkpoint.store import CheckpointConfig, complete, read_manifest
-from armillary.train.config import ConfigError, RunConfig, load_config
+from armillary.train.config.run_config import ConfigError, RunConfig, load_config
 from armillary.train.data.dataset import micro_batches, prepare
 from armillary.train.deepspeed import start
-from armillary.train.metrics_file import latest_per_step, read_metrics
+from armillary.train.observe.metrics_file import latest_per_step, read_metrics
 from armillary.train.proof.parity import compare, trace_one_process, trace_ranks
 from armillary.train.run_folder import create_run, open_run
 from armillary.train.trainer import Trainer

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from armillary.train.checkpoint.load import read_full
-from armillary.train.config import load_config
+from armillary.train.config.run_config import load_config
 from armillary.train.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 from armillary.train.huggingface import import_model, weights
 from armillary.train.huggingface.check import LogitsDiffer

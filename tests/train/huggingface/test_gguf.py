@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from armillary.train.config import load_config
+from armillary.train.config.run_config import load_config
 from armillary.train.data.tokenizer import load_tokenizer
 from armillary.train.huggingface.export_model import export_hf
 from armillary.train.huggingface.import_model import import_hf

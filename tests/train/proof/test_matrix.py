@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from armillary.launch.matrix_ranks import judge_on_ranks
-from armillary.train.config import ConfigError, load_config
+from armillary.train.config.run_config import ConfigError, load_config
 from armillary.train.proof.matrix import (
     BASE,
     FEATURES,

@@ -10,7 +10,7 @@ from tiny_run import write_run
 
 from armillary.parallel.mesh import make_ranks
 from armillary.parallel.plan import Plan
-from armillary.train.config import load_config
+from armillary.train.config.run_config import load_config
 from armillary.train.data.dataset import prepare
 from armillary.train.proof.parity import compare, trace_one_process, trace_ranks
 

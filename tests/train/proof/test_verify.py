@@ -11,7 +11,7 @@ from tiny_run import make_trainer, write_run
 
 from armillary.parallel.mesh import make_ranks
 from armillary.parallel.plan import Plan
-from armillary.train.config import RunConfig, load_config
+from armillary.train.config.run_config import RunConfig, load_config
 from armillary.train.data.config import DataConfig
 from armillary.train.failure import RunStopped
 from armillary.train.model.shape import ModelConfig, num_parameters

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from armillary.train.metrics_file import plain
+from armillary.train.observe.metrics_file import plain
 
 Ending = Literal["finished", "stopped", "failed"]
 

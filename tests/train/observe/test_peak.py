@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from armillary.train.peak import PUBLISHED, measured_cpu_flops, peak_flops, peak_memory_gib
+from armillary.train.observe.peak import PUBLISHED, measured_cpu_flops, peak_flops, peak_memory_gib
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_measured_rate_is_that_of_real_products() -> None:
 
 def test_memory_of_this_process_grows_with_what_it_takes() -> None:
     code = (
-        "from armillary.train.peak import peak_memory_gib as peak\n"
+        "from armillary.train.observe.peak import peak_memory_gib as peak\n"
         "before = peak('cpu'); block = bytearray(b'x') * (256 << 20); print(before, peak('cpu'))"
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

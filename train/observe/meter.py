@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from armillary.train.metrics_file import FILE, Row, append, open_to_append, read_metrics, redact
-from armillary.train.sinks import Ending, Sink, open_tensorboard, open_wandb
+from armillary.train.observe.metrics_file import FILE, Row, append, open_to_append, read_metrics, redact
+from armillary.train.observe.sinks import Ending, Sink, open_tensorboard, open_wandb
 
 
 @dataclass(frozen=True, kw_only=True)

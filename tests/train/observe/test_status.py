@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from armillary.train.status import NullStatus, Status, status_line
+from armillary.train.observe.status import NullStatus, Status, status_line
 from armillary.train.words import duration, quantity
 
 anything = st.floats(allow_nan=True, allow_infinity=True)

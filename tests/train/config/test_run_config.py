@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from armillary.train.config import ConfigError, RunConfig, check_vocabulary, dump_config, load_config
+from armillary.train.config.run_config import ConfigError, RunConfig, check_vocabulary, dump_config, load_config
 
 
 def write(path, text):
@@ -186,7 +186,7 @@ def test_a_vocabulary_too_small_is_refused():
 
 
 def test_no_torch_is_imported():
-    code = "import sys, armillary.train.config, armillary.launch.cli; sys.exit('torch' in sys.modules)"
+    code = "import sys, armillary.train.config.run_config, armillary.launch.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from armillary.train.metrics import Meter, MetricsConfig, NullMeter, speed
-from armillary.train.metrics_file import FILE, latest_per_step, read_metrics, redact
-from armillary.train.sinks import Sink
+from armillary.train.observe.meter import Meter, MetricsConfig, NullMeter, speed
+from armillary.train.observe.metrics_file import FILE, latest_per_step, read_metrics, redact
+from armillary.train.observe.sinks import Sink
 
 SECRET = "0123456789abcdef0123456789abcdef01234567"
 PLAIN = MetricsConfig(wandb="off")
@@ -291,7 +291,7 @@ def test_tensorboard_gets_the_rows(tmp_path: Path) -> None:
 WANDB_RUN = """
 import os, sys
 from pathlib import Path
-from armillary.train.metrics import Meter, MetricsConfig
+from armillary.train.observe.meter import Meter, MetricsConfig
 key = os.environ["WANDB_API_KEY"]
 meter = Meter(Path(sys.argv[1]), MetricsConfig(project="a project"), {"model": {"dim": 64}, "note": key})
 for step in (1, 2, 1):

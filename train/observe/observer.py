@@ -10,13 +10,13 @@ import torch
 
 from armillary.comm.collectives import all_reduce
 from armillary.parallel.mesh import Ranks
-from armillary.train.config import RunConfig
-from armillary.train.metrics import Meter, NullMeter, speed
+from armillary.train.config.run_config import RunConfig
 from armillary.train.model.shape import flops_per_token, num_parameters
-from armillary.train.peak import peak_flops, peak_memory_gib
+from armillary.train.observe.meter import Meter, NullMeter, speed
+from armillary.train.observe.peak import peak_flops, peak_memory_gib
+from armillary.train.observe.sinks import Ending
+from armillary.train.observe.status import NullStatus, Status
 from armillary.train.run_folder import RunFolder
-from armillary.train.sinks import Ending
-from armillary.train.status import NullStatus, Status
 
 
 class Observer:

@@ -15,12 +15,12 @@ from typing import Any
 from armillary.parallel.plan import DEGREES, Partition, Plan
 from armillary.parallel.zero import ZeroConfig
 from armillary.train.checkpoint.store import CheckpointConfig
-from armillary.train.config_check import check
-from armillary.train.config_table import ConfigError, override, read_table
+from armillary.train.config.check import check
+from armillary.train.config.table import ConfigError, override, read_table
 from armillary.train.data.config import DataConfig
 from armillary.train.guard import GuardConfig
-from armillary.train.metrics import MetricsConfig
 from armillary.train.model.shape import ModelConfig
+from armillary.train.observe.meter import MetricsConfig
 from armillary.train.optim.schedule import OptimConfig
 from armillary.train.stages import refusals
 
