@@ -92,6 +92,9 @@ def matrix(
 @app.command()
 def evaluate(run: str, output: Json = None, debug: Debug = False) -> None:
     """Held-out loss and bits per byte of a run's newest checkpoint."""
+    from armillary.train.run_folder import open_run
+
+    open_run(run)  # refused before torch is loaded, for seconds
     from armillary.train.evaluate import evaluate_run
 
     result = evaluate_run(run)
@@ -110,6 +113,9 @@ def generate(
     debug: Debug = False,
 ) -> None:
     """Let a run's newest checkpoint continue a text."""
+    from armillary.train.run_folder import open_run
+
+    open_run(run)  # refused before torch is loaded, for seconds
     from armillary.train.generate import generate_from_run
 
     text = generate_from_run(run, prompt, tokens, temperature, seed)

@@ -5,6 +5,7 @@ Each colour is a stand-in that becomes a variable of the page's style sheet, so 
 
 import html
 import io
+import logging
 import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -78,6 +79,8 @@ def _chart(
     label: str, draw: Callable[..., None], *data: Any, marks: Sequence[tuple[float, str]] = (), x: str = "step"
 ) -> str:
     """An SVG element of 420 by 220 units with what `draw` makes of the data; `marks` are upright lines."""
+    # Of a home that cannot be written it would tell in two warnings, and do without.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator

@@ -89,6 +89,8 @@ class Trainer:
         size = f"{num_parameters(self.config.model):,} parameters"
         where = f"{self.ranks.num_ranks} ranks ({self.ranks.device.type})"
         start = f"resumed at step {self.progress.step} on {where}" if facts else f"{size} on {where}"
+        if facts and self.progress.step >= self.config.optim.steps:
+            start += f"; there is nothing left to train, since optim.steps is {self.config.optim.steps}"
         sizes = {"train_tokens": self.dataset.train_size.tokens, "held_out_tokens": self.dataset.held_out_size.tokens}
         self.observer.begin(self.progress.step, start, **sizes)
         verify_plan(self.config, self.ranks, self.observer, self.progress.step)

@@ -328,7 +328,9 @@ def test_command_line_options_reach_the_trainer(folder, monkeypatch):
     run_rank(argparse.Namespace(config="run.toml", resume="", name="one", **options))
     run_rank(argparse.Namespace(config="", resume="one", name="", **options | {"overrides": []}))
     assert complete(Path("runs/one/checkpoints"))[0].name == "step-00000002"
-    assert "finished" in Path("runs/one/metrics.jsonl").read_text()
+    told = Path("runs/one/metrics.jsonl").read_text()
+    assert "finished" in told
+    assert "there is nothing left to train, since optim.steps is 2" in told
 
 
 def test_a_run_whose_folder_is_gone_stops(tmp_path):

@@ -38,7 +38,10 @@ def strict(text: bytes) -> Any:
     return json.loads(text, parse_constant=refuse)
 
 
-@pytest.mark.parametrize("module", ["train.metrics", "train.status", "train.peak", "launch.report"])
+MODULES = ["train.observe.meter", "train.observe.status", "train.observe.peak", "launch.report"]
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_import_pulls_no_torch(module: str) -> None:
     heavy = "{'torch', 'numpy', 'pydantic', 'wandb', 'rich', 'matplotlib'}"
     code = f"import sys, armillary.{module}; print(sorted({heavy} & set(sys.modules)))"

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -80,16 +81,19 @@ def test_cpu_is_measured_in_the_dtype(dtype: object) -> None:
 
 
 def test_measured_rate_is_that_of_real_products() -> None:
-    import time
-
+    """In one of several attempts: on a busy machine each of the two may be disturbed."""
     size = 512
     matrix = torch.ones(size, size)
-    matrix @ matrix
-    start = time.perf_counter()
-    for _ in range(20):
+
+    def ratio() -> float:
         matrix @ matrix
-    rate = 20 * 2 * size**3 / (time.perf_counter() - start)
-    assert 0.2 < measured_cpu_flops("float32") / rate < 5
+        start = time.perf_counter()
+        for _ in range(20):
+            matrix @ matrix
+        rate = 20 * 2 * size**3 / (time.perf_counter() - start)
+        return measured_cpu_flops("float32") / rate
+
+    assert any(0.6 < ratio() < 1.7 for _ in range(20))
 
 
 def test_memory_of_this_process_grows_with_what_it_takes() -> None:
