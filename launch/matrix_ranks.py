@@ -33,7 +33,7 @@ PRELOADED = [
 """Of which a module that is not installed is passed over."""
 LONGEST_CASE = 240.0
 """Seconds."""
-MOST_INDUCTOR_RANKS = 4
+MOST_INDUCTOR_RANKS = 2
 """With more, compiled blocks are traced, cut at breaks and joined with their backward, all of which a plan can spoil;
 but no C++ is made of them, which is the same for any plan and takes g++ ten seconds a rank."""
 

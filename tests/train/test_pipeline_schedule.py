@@ -8,7 +8,7 @@ import torch
 
 from armillary.parallel.mesh import make_ranks
 from armillary.parallel.plan import Plan
-from armillary.parallel.schedule import check
+from armillary.parallel.schedule.check import check
 from armillary.train import resolve as resolving
 from armillary.train.build import build_engine
 from armillary.train.config.run_config import RunConfig
