@@ -119,13 +119,16 @@ def gathered(trainer: Trainer, run: str) -> dict[str, Tensor]:
     stored = read_manifest(complete(open_run(run).checkpoints)[0]).tensors
     here = {f"model/{name}": parameter for name, parameter in trainer.held.parameters().items()}
     here |= trainer.optimizers.state_tensors()
-    found = {}
+    found, by_dtype = {}, {}
     for name in sorted(name for name in stored if not name.startswith("rank-")):
         if stored[name].shape:
-            tensor = trainer.held.whole(parameter_of(name), here.get(name), DTYPES[stored[name].dtype], "test")
-            found[name] = tensor.detach()
+            by_dtype.setdefault(stored[name].dtype, []).append(name)
         elif name in here:
             found[name] = here[name].clone()
+    for dtype, names in by_dtype.items():
+        # Together: one after the other, ranks that share cores would mostly wait for each other.
+        parts = [(parameter_of(name), here.get(name)) for name in names]
+        found |= zip(names, trainer.held.wholes(parts, DTYPES[dtype], "test"), strict=True)
     return found
 
 
