@@ -163,6 +163,10 @@ def test_tables_on_a_device_are_made_once(pair: tuple[Places, Places], size: int
         assert tables.runs.is_contiguous()
         assert sorted(tables.blocks.tolist()) == sorted(block_table(ours, theirs, size).tolist())
         assert tables.runs.tolist() == run_table(theirs).tolist()
+        # Kept for these two: the same rows meet other ones in the next step of a ring.
+        other = Places.in_order(theirs.batch, theirs.seq + 1)
+        met = Tile(ours, other, mask, 1.0) if find is query_tables else Tile(other, ours, mask, 1.0)
+        assert find(met, size, cpu).runs.tolist() == run_table(other).tolist()
 
 
 def test_strided_blocks_differ_from_head_to_head() -> None:
